@@ -1,0 +1,40 @@
+# Every target sets up what it needs: a virtual environment in .venv with the pinned dependencies.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help train test test-gpu bench check fix clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} is too old: 3.11 or newer is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: .venv/.installed ## train a small NSA model on the standard library's source text
+	OMP_NUM_THREADS=$${TRAIN_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/python train.py experiment=first_run
+
+test: .venv/.installed ## run the tests that need no GPU
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-gpu: .venv/.installed ## run the tests that need a GPU
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: .venv/.installed ## time and measure the attention backends
+	$(BIN)/python -m benchmarks.attention
+
+check: .venv/.installed ## lint, formatting and types; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+fix: .venv/.installed ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and the caches
+	rm -rf .venv .ruff_cache .pytest_cache

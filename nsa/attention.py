@@ -1,0 +1,370 @@
+"""The three attentions a layer can have; all map tokens [B T M] to tokens [B T M].
+
+`SparseAttention` is Native Sparse Attention (arXiv 2502.11089), `WindowAttention` and `Attention`
+its sliding-window and dense counterparts. Letters as in `nsa.reference`; M is the model's width.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nsa import ops
+from nsa.compress_networks import BlockCompressor, CompressMLP
+from nsa.config import NSAConfig
+from nsa.rotary import rotary_angles, rotate
+
+
+class Branches(NamedTuple):
+    """What each branch of `SparseAttention` gives, before the gates weigh it."""
+
+    compressed: Float[Tensor, "B T H D"]
+    selected: Float[Tensor, "B T H D"]
+    sliding: Float[Tensor, "B T H D"]
+    gates: Float[Tensor, "B T H 3"]  # 0 to 1, of compressed, selected, sliding
+    block_indices: Int[Tensor, "B T X N"]  # int32, -1 in empty slots; X is G, or H if not shared
+
+
+class SparseAttention(nn.Module):
+    """Native Sparse Attention: compressed, selected and sliding-window attention, gated (eq. 5).
+
+    Positional arguments have the names and the order of native-sparse-attention-pytorch.
+
+    Args:
+        dim, dim_head, heads: model width, width of a head (even), query heads H.
+        sliding_window_size … num_selected_blocks: w, l, d, l' and n of `NSAConfig`.
+        kv_heads: key/value heads G, a divisor of `heads`; None means as many as `heads`.
+        num_compressed_mem_kv: learned keys and values that the compressed branch always sees.
+        norm: RMSNorm on the way in.
+        use_diff_topk: multiply selected scores by straight-through gates, so that the loss reaches
+            the importances that chose their blocks.
+        query_heads_share_selected_kv: one selection a key/value head (the paper), or a query head.
+        compress_mlp: φ, a module from [b h w n d] to [b h w d]; copied for keys and for values.
+        compress_mlp_expand_factor: hidden width of the MLP that is φ where `compress_mlp` is None.
+        strategy_combine_mlp: a module from M to 3 * heads gate logits, branch fastest; None is a
+            linear layer of zero weight and bias `gate_bias`.
+        backend: an entry of `ops.BACKENDS`, or "auto"; `self.backend` is the choice made.
+        num_initial_blocks, num_local_blocks, importance: see `NSAConfig`.
+        kv_per_branch: keys and values of their own for each branch (the paper), or shared ones.
+        compressed_output: False keeps compressed keys for selection only.
+        gate_bias: initial bias of the gate logits: one number, or one each for compressed,
+            selected, sliding.
+        rope_base: base of the rotary embedding of the selected and sliding branches.
+
+    Raises:
+        ValueError: for sizes `NSAConfig` refuses, and for options that exclude one another.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int,
+        heads: int,
+        sliding_window_size: int,
+        compress_block_size: int,
+        compress_block_sliding_stride: int,
+        selection_block_size: int,
+        num_selected_blocks: int,
+        kv_heads: int | None = None,
+        num_compressed_mem_kv: int = 0,
+        causal: bool = True,
+        norm: bool = True,
+        use_diff_topk: bool = False,
+        query_heads_share_selected_kv: bool = True,
+        compress_mlp: nn.Module | None = None,
+        compress_mlp_expand_factor: float = 1.0,
+        strategy_combine_mlp: nn.Module | None = None,
+        backend: str = "auto",
+        *,
+        num_initial_blocks: int = 1,
+        num_local_blocks: int = 2,
+        importance: str = "probability_sum",
+        kv_per_branch: bool = True,
+        compressed_output: bool = True,
+        gate_bias: float | Sequence[float] = 0.0,
+        rope_base: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        self.cfg = NSAConfig(
+            sliding_window_size=sliding_window_size,
+            compress_block_size=compress_block_size,
+            compress_block_sliding_stride=compress_block_sliding_stride,
+            selection_block_size=selection_block_size,
+            num_selected_blocks=num_selected_blocks,
+            num_initial_blocks=num_initial_blocks,
+            num_local_blocks=num_local_blocks,
+            causal=causal,
+            importance=importance,
+        )
+        self.heads, self.dim_head = heads, dim_head
+        self.kv_heads = _check_heads(heads, kv_heads, dim_head)
+        self.use_diff_topk = use_diff_topk and num_selected_blocks > 0
+        self.shared_selection = query_heads_share_selected_kv
+        self.compressed_output = compressed_output
+        self.rope_base = rope_base
+        self.backend = ops.resolve_backend(backend, use_diff_topk=self.use_diff_topk)
+        phi = compress_mlp
+        if phi is None:
+            phi = CompressMLP(dim_head, compress_block_size, compress_mlp_expand_factor)
+        if not compressed_output:
+            _check_scores_can_learn(self, phi, kv_per_branch, num_compressed_mem_kv)
+
+        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.kv_layout = _kv_layout(kv_per_branch, compressed_output, num_selected_blocks > 0)
+        kv_width = (max(self.kv_layout) + 1) * self.kv_heads * dim_head
+        self.to_kv = nn.Linear(dim, kv_width, bias=False)
+        self._build_compression(phi, num_compressed_mem_kv)
+        self.to_gates = _gate_network(dim, heads, gate_bias, strategy_combine_mlp)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def _build_compression(self, phi: nn.Module, num_memories: int) -> None:
+        cfg, groups, width = self.cfg, self.kv_heads, self.dim_head
+        # Compressed keys that only rank blocks have no gradient: no positions then.
+        learns = self.compressed_output or self.use_diff_topk
+        self.compress_k = BlockCompressor(phi, cfg, groups, width, positions=learns)
+        self.compress_v = self.mem_k = self.mem_v = None
+        if self.compressed_output:
+            self.compress_v = BlockCompressor(phi, cfg, groups, width, positions=True)
+        if num_memories:
+            self.mem_k = nn.Parameter(torch.randn(groups, num_memories, width) * 0.02)
+            self.mem_v = nn.Parameter(torch.randn(groups, num_memories, width) * 0.02)
+
+    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        compressed, selected, sliding, gates, _ = self.branches(tokens)
+        out = ops.combine(gates, compressed, selected, sliding, backend=self.backend)
+        return self.to_out(rearrange(out, "B T H D -> B T (H D)"))
+
+    def branches(self, tokens: Float[Tensor, "B T M"]) -> Branches:
+        """The outputs of the three branches, their gates and the selected blocks."""
+        tokens = self.norm(tokens)
+        q = rearrange(self.to_q(tokens), "B T (H D) -> B T H D", H=self.heads)
+        kv = rearrange(
+            self.to_kv(tokens), "B T (P G D) -> P B T G D", G=self.kv_heads, D=self.dim_head
+        )
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (kv[i] for i in self.kv_layout)
+        angles = rotary_angles(q.shape[1], self.dim_head, base=self.rope_base, device=q.device)
+        q_rot = rotate(q, angles)
+
+        # Blocks are compressed, and scored, before rotation: a mean of turned keys is no key.
+        k_cmp = self.compress_k(k_cmp)
+        compressed, lse = self._attend_compressed(q, k_cmp, v_cmp)
+        block_indices = ops.select_blocks(
+            q, k_cmp, lse, self.cfg, self.shared_selection, backend=self.backend
+        )
+        selected = torch.zeros_like(q)
+        if self.cfg.num_selected_blocks:
+            k_slc = rotate(k_slc, angles)
+            block_gates = self._block_gates(q, k_cmp, lse, block_indices)
+            selected = ops.selected_attention(
+                q_rot, k_slc, v_slc, block_indices, self.cfg, block_gates, backend=self.backend
+            )
+        sliding = ops.sliding_window_attention(
+            q_rot, rotate(k_win, angles), v_win, self.cfg, backend=self.backend
+        )
+        gates = _split_gates(self.to_gates(tokens), self.heads).sigmoid()
+        return Branches(compressed, selected, sliding, gates, block_indices)
+
+    def _attend_compressed(
+        self,
+        q: Float[Tensor, "B T H D"],
+        k_cmp: Float[Tensor, "B C G D"],
+        v: Float[Tensor, "B T G D"],
+    ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T H"]]:
+        """The compressed branch, and the lse that selection starts from."""
+        if self.compress_v is None:  # only the lse counts, and that does not depend on values
+            _, lse = ops.compressed_attention(q, k_cmp, k_cmp, self.cfg, backend=self.backend)
+            return torch.zeros_like(q), lse
+        mem_k, mem_v = (None if mem is None else mem.to(q) for mem in (self.mem_k, self.mem_v))
+        return ops.compressed_attention(
+            q, k_cmp, self.compress_v(v), self.cfg, mem_k, mem_v, backend=self.backend
+        )
+
+    def _block_gates(
+        self,
+        q: Float[Tensor, "B T H D"],
+        k_cmp: Float[Tensor, "B C G D"],
+        lse: Float[Tensor, "B T H"],
+        block_indices: Int[Tensor, "B T X N"],
+    ) -> Float[Tensor, "B T X N"] | None:
+        """Ones whose gradient is that of the selected blocks' importances, for `use_diff_topk`."""
+        if not self.use_diff_topk:
+            return None
+        importance = ops.block_importance(
+            q, k_cmp, lse, self.cfg, self.shared_selection, backend=self.backend
+        )
+        chosen = importance.gather(-1, block_indices.long().clamp(min=0))
+        return 1.0 + (chosen - chosen.detach())
+
+
+class Attention(nn.Module):
+    """Dense attention (eq. 1-2), rotary, through PyTorch's scaled_dot_product_attention.
+
+    `output_gate` multiplies each head's output by a sigmoid of the normed input, as NSA's gates
+    do: zero weight and bias at the start (arXiv 2505.06708, headwise).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int,
+        heads: int,
+        kv_heads: int | None = None,
+        causal: bool = True,
+        norm: bool = True,
+        *,
+        output_gate: bool = False,
+        rope_base: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        self.heads, self.dim_head, self.causal = heads, dim_head, causal
+        self.kv_heads = _check_heads(heads, kv_heads, dim_head)
+        self.rope_base = rope_base
+        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * self.kv_heads * dim_head, bias=False)
+        self.to_gate = _zero_linear(dim, heads) if output_gate else None
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        tokens = self.norm(tokens)
+        q, k, v = _rotated_qkv(self, tokens)
+        q, k, v = (rearrange(x, "B T H D -> B H T D") for x in (q, k, v))
+        grouped = self.kv_heads < self.heads
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
+        out = rearrange(out, "B H T D -> B T H D")
+        if self.to_gate is not None:
+            out = out * self.to_gate(tokens).sigmoid()[..., None]
+        return self.to_out(rearrange(out, "B T H D -> B T (H D)"))
+
+
+class WindowAttention(nn.Module):
+    """Sliding-window attention alone: exactly `sliding_window_size` keys, rotary."""
+
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int,
+        heads: int,
+        sliding_window_size: int,
+        kv_heads: int | None = None,
+        causal: bool = True,
+        norm: bool = True,
+        backend: str = "auto",
+        *,
+        rope_base: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        self.cfg = NSAConfig(sliding_window_size=sliding_window_size, causal=causal)
+        self.heads, self.dim_head = heads, dim_head
+        self.kv_heads = _check_heads(heads, kv_heads, dim_head)
+        self.rope_base = rope_base
+        self.backend = ops.resolve_backend(backend)
+        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * self.kv_heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        q, k, v = _rotated_qkv(self, self.norm(tokens))
+        out = ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)
+        return self.to_out(rearrange(out, "B T H D -> B T (H D)"))
+
+
+def _rotated_qkv(
+    attn: Attention | WindowAttention, tokens: Float[Tensor, "B T M"]
+) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G D"]]:
+    q = rearrange(attn.to_q(tokens), "B T (H D) -> B T H D", H=attn.heads)
+    k, v = rearrange(attn.to_kv(tokens), "B T (P G D) -> P B T G D", P=2, G=attn.kv_heads)
+    angles = rotary_angles(
+        tokens.shape[1], attn.dim_head, base=attn.rope_base, device=tokens.device
+    )
+    return rotate(q, angles), rotate(k, angles), v
+
+
+def _kv_layout(kv_per_branch: bool, compressed_output: bool, selects: bool) -> tuple[int, ...]:
+    """Which part of `to_kv` each of k_cmp, v_cmp, k_slc, v_slc, k_win, v_win is.
+
+    What nothing reads has no part of its own (it stands for another): a parameter that no loss
+    reaches would stop distributed training.
+    """
+    if not kv_per_branch:
+        return (0, 1) * 3
+    compressed = (0, 1) if compressed_output else (0, 0)
+    first = max(compressed) + 1
+    selected = (first, first + 1)
+    sliding = (first + 2, first + 3) if selects else selected
+    return (*compressed, *selected, *sliding)
+
+
+def _split_gates(logits: Float[Tensor, "B T L"], heads: int) -> Float[Tensor, "B T H 3"]:
+    if logits.shape[-1] != 3 * heads:
+        raise ValueError(
+            f"strategy_combine_mlp gives {logits.shape[-1]} numbers a token: it must give "
+            f"3 * heads = {3 * heads}, the branches of a head side by side"
+        )
+    return rearrange(logits, "B T (H three) -> B T H three", three=3)
+
+
+def _gate_network(
+    dim: int, heads: int, gate_bias: float | Sequence[float], network: nn.Module | None
+) -> nn.Module:
+    """From tokens to gate logits; None: linear, its weight 0, so that gates start at the bias."""
+    bias = [gate_bias] * 3 if isinstance(gate_bias, int | float) else list(gate_bias)
+    if len(bias) != 3:
+        raise ValueError(
+            f"gate_bias={bias} must be one number, or three: compressed, selected, sliding"
+        )
+    if network is not None:
+        if any(bias):
+            raise ValueError(
+                f"gate_bias={bias} is for the built-in gates: a strategy_combine_mlp brings its own"
+            )
+        return network
+    gates = _zero_linear(dim, 3 * heads)
+    with torch.no_grad():
+        gates.bias.copy_(torch.tensor(bias).repeat(heads))
+    return gates
+
+
+def _zero_linear(dim_in: int, dim_out: int) -> nn.Linear:
+    linear = nn.Linear(dim_in, dim_out)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _check_heads(heads: int, kv_heads: int | None, dim_head: int) -> int:
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
+    if dim_head % 2:
+        raise ValueError(f"dim_head={dim_head} must be even: rotary embedding turns pairs")
+    return kv_heads
+
+
+def _check_scores_can_learn(
+    attn: SparseAttention, phi: nn.Module, kv_per_branch: bool, num_memories: int
+) -> None:
+    """Without the compressed output something else must train the scores that select blocks."""
+    if not attn.cfg.num_selected_blocks:
+        raise ValueError(
+            "compressed_output=False with num_selected_blocks=0 leaves only the window: "
+            "use WindowAttention"
+        )
+    if num_memories:
+        raise ValueError(
+            f"num_compressed_mem_kv={num_memories} needs compressed_output=True: memory keys and "
+            f"values are read by the compressed branch alone"
+        )
+    has_parameters = next(phi.parameters(), None) is not None
+    if not attn.use_diff_topk and (kv_per_branch or has_parameters):
+        raise ValueError(
+            "compressed_output=False leaves nothing to train the scores that select blocks: "
+            "use use_diff_topk=True, or kv_per_branch=False with a compress_mlp without "
+            "parameters (MeanPool)"
+        )

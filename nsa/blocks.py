@@ -1,0 +1,147 @@
+"""Where blocks begin, end and become visible: every off-by-one of the project, in one place.
+
+Positions count from 0. Compressed block c covers tokens [c*d, c*d + l), whole blocks only;
+selection block s covers [s*l', (s+1)*l'), the last one possibly cut short by the sequence's end.
+Letters: B batch, T tokens, K keys, G key/value heads (or H query heads), C compressed blocks,
+S selection blocks, N selected blocks.
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nsa.config import NSAConfig
+
+Device = torch.device | str | None
+
+# Ranks of `priority`: a higher one is kept first.
+OWN, INITIAL, LOCAL, FREE, INELIGIBLE = 3, 2, 1, 0, -1
+
+
+def num_compress_blocks(num_tokens: int, cfg: NSAConfig) -> int:
+    """C. Only whole blocks count: a tail shorter than l is not compressed."""
+    beyond_first = num_tokens - cfg.compress_block_size
+    return max(0, beyond_first // cfg.compress_block_sliding_stride + 1)
+
+
+def num_selection_blocks(num_tokens: int, cfg: NSAConfig) -> int:
+    """S. The last block may be short."""
+    return -(-num_tokens // cfg.selection_block_size)
+
+
+def sees_compressed(t: Tensor, c: Tensor, cfg: NSAConfig) -> Tensor:
+    """Query t sees compressed block c once its last token is there (eq. 7); always, if not causal.
+
+    Elementwise on positions, broadcasting; this and `in_window` also serve as FlexAttention masks.
+    """
+    last = c * cfg.compress_block_sliding_stride + cfg.compress_block_size - 1
+    return (last <= t) | (not cfg.causal)
+
+
+def in_window(t: Tensor, s: Tensor, cfg: NSAConfig) -> Tensor:
+    """Query t sees key s in the window: 0 <= t - s < w; |t - s| < w, if not causal."""
+    near = (t - s).abs() < cfg.sliding_window_size
+    return near & (s <= t) if cfg.causal else near
+
+
+def compress_visible(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Bool[Tensor, "T C"]:
+    """`sees_compressed` of every query and compressed block."""
+    c = torch.arange(num_compress_blocks(num_tokens, cfg), device=device)
+    return sees_compressed(torch.arange(num_tokens, device=device)[:, None], c, cfg)
+
+
+def sliding_window(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Bool[Tensor, "T K"]:
+    """`in_window` of every query and key."""
+    t = torch.arange(num_tokens, device=device)
+    return in_window(t[:, None], t, cfg)
+
+
+def compress_windows(x: Float[Tensor, "B T G D"], cfg: NSAConfig) -> Float[Tensor, "B G C l D"]:
+    """The l tokens of each compressed block, d apart, for at least l tokens (eq. 7)."""
+    windows = x.unfold(1, cfg.compress_block_size, cfg.compress_block_sliding_stride)
+    return rearrange(windows, "B C G D l -> B G C l D")
+
+
+def block_overlap(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Float[Tensor, "C S"]:
+    """Tokens shared by compressed block c and selection block s, in strides: eq. 9 as a matrix."""
+    d, size = cfg.compress_block_sliding_stride, cfg.selection_block_size
+    c = torch.arange(num_compress_blocks(num_tokens, cfg), device=device)[:, None] * d
+    s = torch.arange(num_selection_blocks(num_tokens, cfg), device=device) * size
+    end = torch.minimum(c + cfg.compress_block_size, s + size)
+    return (end - torch.maximum(c, s)).clamp(min=0) / d
+
+
+def own_block(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Int[Tensor, " T"]:
+    """The selection block each token lies in."""
+    return torch.arange(num_tokens, device=device) // cfg.selection_block_size
+
+
+def eligible(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Bool[Tensor, "T S"]:
+    """The selection blocks a query may keep: those that have begun; all, if not causal."""
+    s = torch.arange(num_selection_blocks(num_tokens, cfg), device=device)
+    own = own_block(num_tokens, cfg, device)[:, None]
+    return s <= own if cfg.causal else (s >= 0).expand(num_tokens, -1)
+
+
+def priority(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Int[Tensor, "T S"]:
+    """Which blocks are kept whatever they score: OWN, then INITIAL, then the other LOCAL ones.
+
+    Forced blocks rank above FREE ones and count towards n; INELIGIBLE blocks are never kept.
+    """
+    s = torch.arange(num_selection_blocks(num_tokens, cfg), device=device)
+    before = own_block(num_tokens, cfg, device)[:, None] - s  # blocks between s and the own one
+    local = (before > 0) & (before < cfg.num_local_blocks)
+    rank = torch.full_like(before, FREE).masked_fill(local, LOCAL)
+    rank = rank.masked_fill(s < cfg.num_initial_blocks, INITIAL).masked_fill(before == 0, OWN)
+    return rank.masked_fill(~eligible(num_tokens, cfg, device), INELIGIBLE)
+
+
+def causal(num_tokens: int, device: Device = None) -> Bool[Tensor, "T K"]:
+    """A query sees its own token and those before it."""
+    return torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+
+
+def per_block(block_indices: Int[Tensor, "B T G N"], values: Tensor, num_blocks: int) -> Tensor:
+    """Scatter one value a slot, [B T G N], to one value a block, [B T G S]; elsewhere 0.
+
+    Empty slots (-1) land in a spare column that is cut off: they select nothing.
+    """
+    slots = block_indices.long().masked_fill(block_indices < 0, num_blocks)
+    spread = values.new_zeros(*slots.shape[:-1], num_blocks + 1)
+    return spread.scatter(-1, slots, values)[..., :num_blocks]
+
+
+def selected_tokens(
+    block_indices: Int[Tensor, "B T G N"], num_tokens: int, cfg: NSAConfig
+) -> Bool[Tensor, "B T G K"]:
+    """The tokens that lie in a selected block and, if causal, not in the future."""
+    device = block_indices.device
+    chosen = per_block(
+        block_indices,
+        torch.ones_like(block_indices, dtype=torch.bool),
+        num_selection_blocks(num_tokens, cfg),
+    )
+    hit = chosen[..., own_block(num_tokens, cfg, device)]
+    return hit & rearrange(causal(num_tokens, device), "T K -> T 1 K") if cfg.causal else hit
+
+
+def keys_per_query(
+    num_tokens: int, cfg: NSAConfig, device: Device = None
+) -> dict[str, Int[Tensor, " T"]]:
+    """How many keys of each branch every query reads (the terms of eq. 6), memory keys aside."""
+    t = torch.arange(num_tokens, device=device)
+    block, last_token = cfg.selection_block_size, num_tokens - 1
+    horizon = t if cfg.causal else torch.full_like(t, last_token)  # the last token a query sees
+    whole = (horizon + 1 - cfg.compress_block_size).div(
+        cfg.compress_block_sliding_stride, rounding_mode="floor"
+    )
+    kept = (horizon // block + 1).clamp(max=cfg.num_selected_blocks)
+    cut = block - 1 - horizon % block  # what the last block lacks, for the queries that keep it
+    return {
+        "compressed": (whole + 1).clamp(min=0),
+        "selected": (kept * block - cut).clamp(min=0) if cfg.num_selected_blocks else kept,
+        "sliding": torch.minimum(t + 1, torch.full_like(t, cfg.sliding_window_size))
+        if cfg.causal
+        else sliding_window(num_tokens, cfg, device).sum(-1),
+    }

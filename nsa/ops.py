@@ -1,0 +1,225 @@
+"""The operations of Native Sparse Attention as the modules call them: checks, then a backend.
+
+Each op has the signature of its namesake in `nsa.reference`, plus `backend=`, the name of an entry
+of `BACKENDS`. Wrong shapes, dtypes or devices raise ValueError. A module chooses its backend once,
+by `resolve_backend`; nothing here falls back to another one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa import blocks, flex, local, reference
+from nsa.config import NSAConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One implementation of every op; `lacks` maps an option it cannot do to the reason."""
+
+    compressed_attention: Callable[..., tuple[Tensor, Tensor]]
+    block_importance: Callable[..., Tensor]
+    select_blocks: Callable[..., Tensor]
+    selected_attention: Callable[..., Tensor]
+    sliding_window_attention: Callable[..., Tensor]
+    combine: Callable[..., Tensor]
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+
+REFERENCE = Backend(
+    compressed_attention=reference.compressed_attention,
+    block_importance=reference.block_importance,
+    select_blocks=reference.select_blocks,
+    selected_attention=reference.selected_attention,
+    sliding_window_attention=local.sliding_window_attention,
+    combine=reference.combine,
+)
+
+BACKENDS = {
+    "reference": REFERENCE,
+    "flex": replace(
+        REFERENCE,
+        selected_attention=flex.selected_attention,
+        sliding_window_attention=flex.sliding_window_attention,
+        lacks={"use_diff_topk": "FlexAttention's scores take no gates that carry a gradient"},
+    ),
+}
+
+
+def resolve_backend(backend: str, *, use_diff_topk: bool = False) -> str:
+    """The name of the backend a module will use, decided once, at construction.
+
+    "auto" is "reference". Raises ValueError for an unknown name and for an option that the backend
+    lacks.
+    """
+    name = "reference" if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} is unknown: choose one of auto, {', '.join(BACKENDS)}"
+        )
+    for option, wanted in {"use_diff_topk": use_diff_topk}.items():
+        if wanted and option in BACKENDS[name].lacks:
+            raise ValueError(
+                f"backend={name!r} does not cover {option}=True: {BACKENDS[name].lacks[option]}; "
+                f"use backend='reference' or {option}=False"
+            )
+    return name
+
+
+def compressed_attention(
+    q: Float[Tensor, "B T H D"],
+    k_cmp: Float[Tensor, "B C G D"],
+    v_cmp: Float[Tensor, "B C G Dv"],
+    cfg: NSAConfig,
+    mem_k: Float[Tensor, "G Nm D"] | None = None,
+    mem_v: Float[Tensor, "G Nm Dv"] | None = None,
+    *,
+    backend: str = "reference",
+) -> tuple[Float[Tensor, "B T H Dv"], Float[Tensor, "B T H"]]:
+    """See `reference.compressed_attention`."""
+    _check_queries_keys(q, k_cmp, v_cmp)
+    _check_num_compressed(q, k_cmp, cfg)
+    if (mem_k is None) != (mem_v is None):
+        raise ValueError("mem_k and mem_v come together: pass both or neither")
+    if mem_k is not None and mem_v is not None:
+        _check_alike(q, mem_k=mem_k, mem_v=mem_v)
+        wanted = (k_cmp.shape[2], mem_k.shape[1], k_cmp.shape[3])
+        _check_shape("mem_k", mem_k, wanted)
+        _check_shape("mem_v", mem_v, (*wanted[:2], v_cmp.shape[3]))
+    return BACKENDS[backend].compressed_attention(q, k_cmp, v_cmp, cfg, mem_k, mem_v)
+
+
+def block_importance(
+    q: Float[Tensor, "B T H D"],
+    k_cmp: Float[Tensor, "B C G D"],
+    lse: Float[Tensor, "B T H"],
+    cfg: NSAConfig,
+    shared: bool = True,
+    *,
+    backend: str = "reference",
+) -> Float[Tensor, "B T X S"]:
+    """See `reference.block_importance`."""
+    _check_scores(q, k_cmp, lse, cfg)
+    return BACKENDS[backend].block_importance(q, k_cmp, lse, cfg, shared)
+
+
+def select_blocks(
+    q: Float[Tensor, "B T H D"],
+    k_cmp: Float[Tensor, "B C G D"],
+    lse: Float[Tensor, "B T H"],
+    cfg: NSAConfig,
+    shared: bool = True,
+    *,
+    backend: str = "reference",
+) -> Int[Tensor, "B T X N"]:
+    """See `reference.select_blocks`."""
+    _check_scores(q, k_cmp, lse, cfg)
+    return BACKENDS[backend].select_blocks(q, k_cmp, lse, cfg, shared)
+
+
+def selected_attention(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T G D"],
+    v: Float[Tensor, "B T G Dv"],
+    block_indices: Int[Tensor, "B T X N"],
+    cfg: NSAConfig,
+    block_gates: Float[Tensor, "B T X N"] | None = None,
+    *,
+    backend: str = "reference",
+) -> Float[Tensor, "B T H Dv"]:
+    """See `reference.selected_attention`."""
+    _check_queries_keys(q, k, v)
+    _check_num_keys(q, k)
+    heads, groups = q.shape[2], k.shape[2]
+    if block_indices.dtype != torch.int32:
+        raise ValueError(f"block_indices has dtype {block_indices.dtype}: it must be torch.int32")
+    if block_indices.ndim != 4 or block_indices.shape[2] not in (groups, heads):
+        raise ValueError(
+            f"block_indices has shape {tuple(block_indices.shape)}: it must be [B, T, G, N] with "
+            f"G={groups} key/value heads, or [B, T, H, N] with H={heads} query heads"
+        )
+    _check_shape("block_indices", block_indices, (*q.shape[:2], *block_indices.shape[2:]))
+    if block_gates is not None:
+        _check_shape("block_gates", block_gates, tuple(block_indices.shape))
+    return BACKENDS[backend].selected_attention(q, k, v, block_indices, cfg, block_gates)
+
+
+def sliding_window_attention(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T G D"],
+    v: Float[Tensor, "B T G Dv"],
+    cfg: NSAConfig,
+    *,
+    backend: str = "reference",
+) -> Float[Tensor, "B T H Dv"]:
+    """See `reference.sliding_window_attention`."""
+    _check_queries_keys(q, k, v)
+    _check_num_keys(q, k)
+    return BACKENDS[backend].sliding_window_attention(q, k, v, cfg)
+
+
+def combine(
+    gates: Float[Tensor, "B T H 3"],
+    compressed: Float[Tensor, "B T H Dv"],
+    selected: Float[Tensor, "B T H Dv"],
+    sliding: Float[Tensor, "B T H Dv"],
+    *,
+    backend: str = "reference",
+) -> Float[Tensor, "B T H Dv"]:
+    """See `reference.combine`."""
+    _check_shape("gates", gates, (*compressed.shape[:3], 3))
+    _check_shape("selected", selected, tuple(compressed.shape))
+    _check_shape("sliding", sliding, tuple(compressed.shape))
+    return BACKENDS[backend].combine(gates, compressed, selected, sliding)
+
+
+def _check_shape(name: str, x: Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(x.shape) != wanted:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be {wanted}")
+
+
+def _check_alike(q: Tensor, **others: Tensor) -> None:
+    for name, x in others.items():
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}: "
+                f"they must agree"
+            )
+
+
+def _check_queries_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
+    _check_alike(q, k=k, v=v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be [B, T, heads, D]")
+    _check_shape("k", k, (q.shape[0], *k.shape[1:3], q.shape[3]))
+    _check_shape("v", v, (*k.shape[:3], v.shape[3]))
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q has {q.shape[2]} heads and k {k.shape[2]}: query heads must be a multiple of "
+            f"key/value heads"
+        )
+
+
+def _check_num_keys(q: Tensor, k: Tensor) -> None:
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} tokens and q {q.shape[1]}: they must be the same")
+
+
+def _check_num_compressed(q: Tensor, k_cmp: Tensor, cfg: NSAConfig) -> None:
+    wanted = blocks.num_compress_blocks(q.shape[1], cfg)
+    if k_cmp.shape[1] != wanted:
+        raise ValueError(
+            f"k_cmp has {k_cmp.shape[1]} compressed blocks: {q.shape[1]} tokens make {wanted} with "
+            f"compress_block_size={cfg.compress_block_size} and "
+            f"compress_block_sliding_stride={cfg.compress_block_sliding_stride}"
+        )
+
+
+def _check_scores(q: Tensor, k_cmp: Tensor, lse: Tensor, cfg: NSAConfig) -> None:
+    _check_queries_keys(q, k_cmp, k_cmp)
+    _check_num_compressed(q, k_cmp, cfg)
+    _check_shape("lse", lse, tuple(q.shape[:3]))

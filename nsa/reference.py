@@ -1,0 +1,202 @@
+"""Native Sparse Attention in plain PyTorch, in the order of the paper (arXiv 2502.11089).
+
+Written to be read and to be believed: masks are dense, nothing is clever, any device and any
+float dtype will do. Other backends are judged by these functions, never the other way round.
+
+    attention over compressed keys  eq. 7      compressed_attention
+    importance of selection blocks  eq. 8-10   block_importance
+    the n blocks that are kept      eq. 11     select_blocks
+    attention inside them           eq. 12     selected_attention
+    attention over the last tokens  s. 3.3.3   sliding_window_attention
+    the gated sum of the branches   eq. 5      combine
+
+Letters: B batch, T tokens, K keys, H query heads, G key/value heads, R = H/G query heads a group,
+D head dimension (Dv of values), C compressed blocks, S selection blocks, N selected blocks.
+Memory keys, Nm of them, stand before the compressed ones. Scores are kept as [B G R T K].
+Softmax and importance are computed in float32 or better, whatever the inputs.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, reduce, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nsa import blocks
+from nsa.config import NSAConfig
+
+
+def scaled_scores(
+    q: Float[Tensor, "B T H D"], k: Float[Tensor, "B K G D"]
+) -> Float[Tensor, "B G R T K"]:
+    """q.k / sqrt(D), each query head against the key head of its group."""
+    q = rearrange(q * q.shape[-1] ** -0.5, "B T (G R) D -> B G R T D", G=k.shape[2])
+    return einsum(q, k, "B G R T D, B K G D -> B G R T K")
+
+
+def attend(
+    scores: Float[Tensor, "B G R T K"],
+    v: Float[Tensor, "B K G Dv"],
+    mask: Bool[Tensor, "#B #G #R T K"],
+) -> tuple[Float[Tensor, "B T H Dv"], Float[Tensor, "B G R T K"]]:
+    """Softmax attention over the keys the mask shows, and the masked scores.
+
+    A query that sees nothing gets zeros. Hidden scores are the lowest finite number, not -inf, so
+    that such a row has finite gradients.
+    """
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probs = scores.softmax(dim=-1, dtype=_at_least_float32(scores)).to(v.dtype)
+    out = einsum(probs, v, "B G R T K, B K G Dv -> B T G R Dv")
+    sees_nothing = rearrange(~mask.any(dim=-1), "B G R T -> B T G R 1")
+    return rearrange(out.masked_fill(sees_nothing, 0.0), "B T G R Dv -> B T (G R) Dv"), scores
+
+
+def compressed_attention(
+    q: Float[Tensor, "B T H D"],
+    k_cmp: Float[Tensor, "B C G D"],
+    v_cmp: Float[Tensor, "B C G Dv"],
+    cfg: NSAConfig,
+    mem_k: Float[Tensor, "G Nm D"] | None = None,
+    mem_v: Float[Tensor, "G Nm Dv"] | None = None,
+) -> tuple[Float[Tensor, "B T H Dv"], Float[Tensor, "B T H"]]:
+    """Attention over compressed keys (eq. 7), and the natural-log sum of exponents of its scores.
+
+    Memory keys are always visible and take part in both. Where nothing is visible the output is 0
+    and lse is -inf. Both are differentiable.
+    """
+    mask = blocks.compress_visible(q.shape[1], cfg, q.device)
+    if mem_k is not None and mem_v is not None:
+        batch, num_memories = q.shape[0], mem_k.shape[1]
+        k_cmp = torch.cat([repeat(mem_k, "G Nm D -> B Nm G D", B=batch), k_cmp], dim=1)
+        v_cmp = torch.cat([repeat(mem_v, "G Nm D -> B Nm G D", B=batch), v_cmp], dim=1)
+        mask = F.pad(mask, (num_memories, 0), value=True)
+    out, scores = attend(scaled_scores(q, k_cmp), v_cmp, mask[None, None, None])
+    lse = scores.to(_at_least_float32(scores)).logsumexp(dim=-1)
+    lse = lse.masked_fill(~mask.any(dim=-1), float("-inf"))
+    return out, rearrange(lse, "B G R T -> B T (G R)")
+
+
+def block_importance(
+    q: Float[Tensor, "B T H D"],
+    k_cmp: Float[Tensor, "B C G D"],
+    lse: Float[Tensor, "B T H"],
+    cfg: NSAConfig,
+    shared: bool = True,
+) -> Float[Tensor, "B T X S"]:
+    """How much each query makes of each selection block (eq. 8-10); X is G, or H if not shared.
+
+    `importance="probability_sum"`: the compressed probabilities, spread over the selection blocks
+    by overlap (eq. 9), summed over the query heads of a group (eq. 10).
+    `importance="logit_mean"`, for comparison (the rule of native-sparse-attention-pytorch, with
+    eq. 9's overlaps as weights): the mean over the heads of a group of the mean scaled score of
+    the visible compressed blocks that overlap; the lowest finite number where there is none.
+    Differentiable in q, k_cmp and lse.
+    """
+    heads = "B G R T C -> B G T C" if shared else "B G R T C -> B (G R) T C"
+    visible = blocks.compress_visible(q.shape[1], cfg, q.device)
+    scores = scaled_scores(q, k_cmp)
+    scores = scores.to(_at_least_float32(scores))
+    overlap = blocks.block_overlap(q.shape[1], cfg, q.device).to(scores)
+    with _full_precision(q.device.type):  # a ranking hangs on these sums
+        if cfg.importance == "probability_sum":
+            lse = rearrange(lse, "B T (G R) -> B G R T 1", G=k_cmp.shape[2])
+            p_cmp = (scores - lse).masked_fill(~visible, float("-inf")).exp()
+            importance = reduce(p_cmp, heads, "sum") @ overlap
+        else:
+            weight = visible.to(scores) @ overlap  # [T S], in strides
+            total = (reduce(scores, heads, "mean") * visible) @ overlap
+            mean = total / weight.masked_fill(weight == 0, 1.0)
+            importance = mean.masked_fill(weight == 0, torch.finfo(scores.dtype).min)
+    return rearrange(importance, "B X T S -> B T X S")
+
+
+@torch.no_grad()
+def select_blocks(
+    q: Float[Tensor, "B T H D"],
+    k_cmp: Float[Tensor, "B C G D"],
+    lse: Float[Tensor, "B T H"],
+    cfg: NSAConfig,
+    shared: bool = True,
+) -> Int[Tensor, "B T X N"]:
+    """The n blocks each query keeps (eq. 11), int32: ascending, distinct, -1 in empty slots.
+
+    Forced blocks first (`blocks.priority`), then by importance; on a tie the lower block. Always
+    n = cfg.num_selected_blocks wide. Not differentiable.
+    """
+    return top_blocks(block_importance(q, k_cmp, lse, cfg, shared), cfg)
+
+
+def top_blocks(importance: Float[Tensor, "B T X S"], cfg: NSAConfig) -> Int[Tensor, "B T X N"]:
+    """The blocks that `select_blocks` keeps where these are the importances."""
+    num_tokens, num_blocks = importance.shape[1], importance.shape[-1]
+    rank = blocks.priority(num_tokens, cfg, importance.device)[:, None]
+    forced = rank.to(importance) * (torch.finfo(importance.dtype).max / 4)  # above any importance
+    score = torch.where(rank > blocks.FREE, forced, importance)
+    score = score.masked_fill(rank == blocks.INELIGIBLE, float("-inf"))
+    score, index = score.sort(dim=-1, descending=True, stable=True)
+    score, index = score[..., : cfg.num_selected_blocks], index[..., : cfg.num_selected_blocks]
+    index = index.masked_fill(score == float("-inf"), num_blocks).sort(dim=-1).values
+    index = index.masked_fill(index == num_blocks, -1).int()
+    return F.pad(index, (0, cfg.num_selected_blocks - index.shape[-1]), value=-1)
+
+
+def selected_attention(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T G D"],
+    v: Float[Tensor, "B T G Dv"],
+    block_indices: Int[Tensor, "B T X N"],
+    cfg: NSAConfig,
+    block_gates: Float[Tensor, "B T X N"] | None = None,
+) -> Float[Tensor, "B T H Dv"]:
+    """Attention over the tokens of the selected blocks (eq. 12); X is G, or H: a list a query head.
+
+    `block_gates` multiply the scores of their block's tokens; gates of value 1 that carry a
+    gradient (straight-through) let the loss reach the importances.
+    """
+    num_tokens, groups = q.shape[1], k.shape[2]
+
+    def by_group(x: Tensor) -> Tensor:
+        return rearrange(x, "B T (G R) K -> B G R T K", G=groups)
+
+    mask = by_group(blocks.selected_tokens(block_indices, num_tokens, cfg))
+    scores = scaled_scores(q, k)
+    if block_gates is not None:
+        num_blocks = blocks.num_selection_blocks(num_tokens, cfg)
+        gates = blocks.per_block(block_indices, block_gates, num_blocks)
+        own = blocks.own_block(num_tokens, cfg, q.device)
+        scores = scores * by_group(gates[..., own]).to(scores)
+    return attend(scores, v, mask)[0]
+
+
+def sliding_window_attention(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T G D"],
+    v: Float[Tensor, "B T G Dv"],
+    cfg: NSAConfig,
+) -> Float[Tensor, "B T H Dv"]:
+    """Attention over the last w tokens, the query's own included."""
+    mask = blocks.sliding_window(q.shape[1], cfg, q.device)
+    return attend(scaled_scores(q, k), v, mask[None, None, None])[0]
+
+
+def combine(
+    gates: Float[Tensor, "B T H 3"],
+    compressed: Float[Tensor, "B T H Dv"],
+    selected: Float[Tensor, "B T H Dv"],
+    sliding: Float[Tensor, "B T H Dv"],
+) -> Float[Tensor, "B T H Dv"]:
+    """The gated sum of the three branches (eq. 5)."""
+    g_cmp, g_slc, g_win = gates[..., None].unbind(dim=-2)
+    return g_cmp * compressed + g_slc * selected + g_win * sliding
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager:
+    """Keeps autocast away from float32 products; a device without autocast needs no keeping."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()

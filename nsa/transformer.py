@@ -1,0 +1,266 @@
+"""The Transformer: embedding, blocks of attention and feed-forward, head; its cost; sampling.
+
+Letters: B batch, T tokens, M model width, V vocabulary.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nsa import blocks
+from nsa.attention import Attention, SparseAttention, WindowAttention
+from nsa.compress_networks import build_compress_network
+
+LAYER_KINDS = ("nsa", "window", "dense")
+AnyAttention = SparseAttention | WindowAttention | Attention
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): the hidden width is `expand` times the model's, in steps of 64."""
+
+    def __init__(self, dim: int, expand: float = 8 / 3) -> None:
+        super().__init__()
+        hidden = -(-int(dim * expand) // 64) * 64
+        self.norm = nn.RMSNorm(dim)
+        self.to_hidden = nn.Linear(dim, 2 * hidden, bias=False)
+        self.to_out = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        hidden, gate = self.to_hidden(self.norm(tokens)).chunk(2, dim=-1)
+        return self.to_out(hidden * F.silu(gate))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; both norm their own input and add to the residual stream."""
+
+    def __init__(
+        self, attention: AnyAttention, feed_forward: FeedForward, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        tokens = tokens + self.dropout(self.attention(tokens))
+        return tokens + self.dropout(self.feed_forward(tokens))
+
+
+def build_attention(
+    kind: str,
+    dim: int,
+    dim_head: int,
+    heads: int,
+    kv_heads: int,
+    options: Mapping[str, Any],
+    dense_output_gate: bool,
+) -> AnyAttention:
+    """The attention of one layer; `options` are those of `Transformer`'s argument `attention`."""
+    if kind == "dense":
+        return Attention(dim, dim_head, heads, kv_heads, output_gate=dense_output_gate)
+    if kind == "window":
+        window = options["sliding_window_size"]
+        return WindowAttention(dim, dim_head, heads, window, kv_heads, backend=options["backend"])
+    compress_mlp = build_compress_network(
+        options["compress_network"],
+        dim_head=dim_head,
+        kv_heads=kv_heads,
+        compress_block_size=options["compress_block_size"],
+        expand_factor=options["compress_mlp_expand_factor"],
+    )
+    options = {name: value for name, value in options.items() if name != "compress_network"}
+    return SparseAttention(
+        dim, dim_head, heads, kv_heads=kv_heads, compress_mlp=compress_mlp, **options
+    )
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model whose layers are NSA, sliding-window or dense attention.
+
+    Args:
+        vocab_size: V.
+        dim, depth, heads, dim_head, kv_heads: width, layers, query heads, width of a head and
+            key/value heads (None: as many as query heads).
+        seq_len: T in training; sampling looks back at most so far.
+        layer_pattern: cycled over the layers, of "nsa", "window" and "dense".
+        attention: NSA's sizes and options, by the names of `SparseAttention`, and
+            `compress_network`, the name of φ (`nsa.compress_networks.build_compress_network`).
+        dense_output_gate: give dense layers a sigmoid output gate, so that NSA is not credited
+            with what a gate alone gives (arXiv 2505.06708).
+        feed_forward_expand: hidden width of the feed-forward over `dim`.
+        dropout: on what attention and feed-forward add to the residual stream.
+        tie_embeddings: the head uses the embedding's weights.
+
+    Raises:
+        ValueError: if `layer_pattern` is empty or names an unknown kind of layer.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        dim_head: int,
+        *,
+        attention: Mapping[str, Any],
+        seq_len: int,
+        kv_heads: int | None = None,
+        layer_pattern: Sequence[str] = ("nsa",),
+        dense_output_gate: bool = False,
+        feed_forward_expand: float = 8 / 3,
+        dropout: float = 0.0,
+        tie_embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        unknown = sorted(set(layer_pattern) - set(LAYER_KINDS))
+        if unknown or not layer_pattern:
+            raise ValueError(
+                f"layer_pattern={list(layer_pattern)} must be a non-empty list of "
+                f"{', '.join(LAYER_KINDS)}"
+            )
+        self.seq_len = seq_len
+
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(
+            Block(
+                build_attention(
+                    kind, dim, dim_head, heads, kv_heads or heads, attention, dense_output_gate
+                ),
+                FeedForward(dim, feed_forward_expand),
+                dropout,
+            )
+            for kind in islice(cycle(layer_pattern), depth)
+        )
+        self.norm = nn.RMSNorm(dim)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """GPT-2's scheme: what feeds the residual stream shrinks with depth, logits are small."""
+        residual_std = 0.02 * (2 * len(self.layers)) ** -0.5
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.normal_(block.attention.to_out.weight, std=residual_std)
+            nn.init.normal_(block.feed_forward.to_out.weight, std=residual_std)
+
+    def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        tokens = self.embedding(ids)
+        for block in self.layers:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return [cast(Block, layer) for layer in self.layers]
+
+    @property
+    def num_params(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def visible_tokens(self, num_tokens: int) -> float:
+        """Keys that the last of `num_tokens` queries reads, summed over branches (eq. 6).
+
+        The mean over the layers.
+        """
+        counts = [keys_per_query(block.attention, num_tokens) for block in self.blocks]
+        return sum(int(keys[-1]) for layer in counts for keys in layer.values()) / len(counts)
+
+    def flops_by_part(self, num_tokens: int) -> dict[str, float]:
+        """Floating-point operations a token costs in training, forward and backward, by part.
+
+        A product of m×k and k×n counts 2mkn; the backward pass counts twice the forward one;
+        what kernels recompute does not count. Parts: `linear` (projections, feed-forward, head),
+        `compress` (φ), and each branch's attention by name, averaged over the queries of a
+        sequence of `num_tokens`.
+        """
+        parts: defaultdict[str, float] = defaultdict(float)
+        parts["linear"] = 2.0 * self.head.weight.numel()
+        for block in self.blocks:
+            attention = block.attention
+            linears = [block.feed_forward.to_hidden, block.feed_forward.to_out]
+            linears += [m for m in attention.children() if isinstance(m, nn.Linear)]
+            parts["linear"] += sum(2 * linear.weight.numel() for linear in linears)
+            parts["compress"] += compress_flops(attention, num_tokens) / num_tokens
+            for branch, keys in keys_per_query(attention, num_tokens).items():
+                pair = 4 * attention.heads * attention.dim_head  # q·k and p·v
+                parts[branch] += pair * float(keys.double().mean())
+        return {part: 3.0 * forward for part, forward in parts.items() if forward}
+
+    def flops_per_token(self, num_tokens: int) -> float:
+        """The sum of `flops_by_part`."""
+        return sum(self.flops_by_part(num_tokens).values())
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # every length would compile anew
+    def sample(
+        self,
+        prompt: Int[Tensor, "B P"],
+        seq_len: int,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+    ) -> Int[Tensor, "B N"]:
+        """Continue `prompt` until it is `seq_len` tokens long; returns the new ones.
+
+        Args:
+            prompt: at least one token.
+            temperature: divides the logits; 0 takes the likeliest token.
+            filter_thres: the share of the vocabulary that is never drawn, the least likely first.
+        """
+        if not prompt.shape[1]:
+            raise ValueError("prompt is empty: sampling needs at least one token to go on from")
+        was_training = self.training
+        self.eval()
+        ids = prompt
+        for _ in range(seq_len - prompt.shape[1]):
+            logits = self(ids[:, -self.seq_len :])[:, -1].float()
+            ids = torch.cat([ids, draw(logits, temperature, filter_thres)], dim=1)
+        self.train(was_training)
+        return ids[:, prompt.shape[1] :]
+
+
+def keys_per_query(attention: AnyAttention, num_tokens: int) -> dict[str, Int[Tensor, " T"]]:
+    """How many keys every query of a layer reads, by branch; a dense layer is one branch."""
+    if isinstance(attention, SparseAttention):
+        keys = blocks.keys_per_query(num_tokens, attention.cfg)
+        return keys if attention.compressed_output else keys | {"compressed": 0 * keys["sliding"]}
+    if isinstance(attention, WindowAttention):
+        return {"sliding": blocks.keys_per_query(num_tokens, attention.cfg)["sliding"]}
+    return {"dense": torch.arange(1, num_tokens + 1)}
+
+
+def compress_flops(attention: AnyAttention, num_tokens: int) -> float:
+    """What φ costs a layer in the forward pass of a sequence: one block of it, counted, times C."""
+    if not isinstance(attention, SparseAttention):
+        return 0.0
+    cfg = attention.cfg
+    block = torch.empty(1, cfg.compress_block_size, attention.kv_heads, attention.dim_head)
+    with FlopCounterMode(display=False) as counter:
+        for compressor in (attention.compress_k, attention.compress_v):
+            if compressor is not None:
+                copy.deepcopy(compressor).to("meta")(block.to("meta"))
+    return float(counter.get_total_flops()) * blocks.num_compress_blocks(num_tokens, cfg)
+
+
+def draw(
+    logits: Float[Tensor, "B V"], temperature: float, filter_thres: float
+) -> Int[Tensor, "B 1"]:
+    """One token a row, drawn from the likeliest share `1 - filter_thres` of the vocabulary."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    keep = max(1, int((1 - filter_thres) * logits.shape[-1]))
+    values, indices = logits.topk(keep, dim=-1)
+    choice = (values / temperature).softmax(dim=-1).multinomial(1)
+    return indices.gather(-1, choice)

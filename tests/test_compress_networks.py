@@ -1,0 +1,136 @@
+"""φ: every network folds blocks as its name says, and `BlockCompressor` folds the right tokens."""
+
+import pytest
+import torch
+from torch import nn
+
+from nsa import blocks
+from nsa.compress_networks import (
+    AttentionPool,
+    BlockCompressor,
+    CompressMLP,
+    CompressTransformer,
+    ConvLinearCompress,
+    GroupedMLP,
+    MeanPool,
+    SingleProjection,
+    build_compress_network,
+)
+from nsa.config import NSAConfig
+
+HEADS, L, D = 2, 6, 8
+NETWORKS = {
+    "mean_pool": MeanPool(),
+    "mlp": CompressMLP(D, L, 0.5),
+    "grouped_mlp": GroupedMLP(D, L, HEADS, 0.5),
+    "single_projection": SingleProjection(D, L, HEADS),
+    "conv_linear": ConvLinearCompress(HEADS, D, L),
+    "attention_pool": AttentionPool(D, L),
+    "compress_transformer": CompressTransformer(2, D, 2),
+}
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_block_of_each_head_is_folded_alone(name: str) -> None:
+    """Gradients of one block of one head reach that block only, and every token of it."""
+    network = randomise(NETWORKS[name])
+    windows = torch.randn(2, HEADS, 3, L, D, requires_grad=True)
+    out = network(windows)
+    assert out.shape == (2, HEADS, 3, D)
+    (grad,) = torch.autograd.grad(out[1, 0, 2].square().sum(), windows)
+    touched = grad.abs().sum(-1) > 0
+    assert touched[1, 0, 2].all() and touched.sum() == L
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_order_matters_to_all_but_the_symmetric_ones(name: str) -> None:
+    network, windows = randomise(NETWORKS[name]), torch.randn(1, HEADS, 3, L, D)
+    same = torch.allclose(network(windows), network(windows.flip(3)), atol=1e-5)
+    assert same == (name in ("mean_pool", "compress_transformer"))  # positions are added before φ
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_built_by_name(name: str) -> None:
+    built = build_compress_network(
+        name, dim_head=D, kv_heads=HEADS, compress_block_size=L, expand_factor=0.5
+    )
+    assert type(built) is type(NETWORKS[name])
+    if name != "compress_transformer":  # built with one layer of one head
+        assert [p.shape for p in built.parameters()] == [
+            p.shape for p in NETWORKS[name].parameters()
+        ]
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"compress_network='max_pool' is unknown: .*mean_pool"):
+        build_compress_network("max_pool", dim_head=D, kv_heads=2, compress_block_size=L)
+
+
+def test_heads_have_weights_of_their_own_where_it_says_so() -> None:
+    same = torch.randn(1, 1, 3, L, D).expand(1, HEADS, 3, L, D)
+    for name, network in NETWORKS.items():
+        out = randomise(network)(same)
+        alike = torch.allclose(out[:, 0], out[:, 1], atol=1e-6)
+        assert alike == (name not in ("grouped_mlp", "single_projection", "conv_linear")), name
+    shared = randomise(SingleProjection(D, L))(same)
+    torch.testing.assert_close(shared[:, 0], shared[:, 1])
+
+
+def test_the_single_projection_is_a_linear_map_of_the_block() -> None:
+    linear, windows = SingleProjection(D, L), torch.randn(2, HEADS, 3, L, D)
+    want = windows.flatten(-2) @ linear.weight[0] + linear.bias[0]
+    torch.testing.assert_close(linear(windows), want)
+
+
+def test_pools_start_as_the_mean() -> None:
+    windows = torch.randn(2, HEADS, 3, L, D)
+    torch.testing.assert_close(MeanPool()(windows), windows.mean(-2))
+    torch.testing.assert_close(AttentionPool(D, L)(windows), windows.mean(-2))
+
+
+def test_the_expand_factor_sets_the_hidden_width() -> None:
+    assert CompressMLP(D, L, 0.25).layers[0].out_features == L * D // 4
+    assert GroupedMLP(D, L, HEADS, 0.25).weight_in.shape == (HEADS, L * D, L * D // 4)
+    with pytest.raises(ValueError, match=r"expand_factor=0.0 must be above 0"):
+        CompressMLP(D, L, 0.0)
+    with pytest.raises(ValueError, match=r"dim=8 must be a multiple of num_heads=3"):
+        CompressTransformer(1, D, 3)
+
+
+CFG = NSAConfig(compress_block_size=L, compress_block_sliding_stride=4, selection_block_size=8)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 6, 30])
+def test_the_compressor_folds_l_tokens_every_d_with_their_positions(num_tokens: int) -> None:
+    compressor = randomise(BlockCompressor(AttentionPool(D, L), CFG, HEADS, D, positions=True))
+    x = torch.randn(2, num_tokens, HEADS, D)
+    out = compressor(x)
+    assert out.shape == (2, blocks.num_compress_blocks(num_tokens, CFG), HEADS, D)
+    for c in range(out.shape[1]):
+        window = x[:, 4 * c : 4 * c + L].transpose(1, 2)[:, :, None]  # [B G 1 l D]
+        want = compressor.network(window + compressor.positions)
+        torch.testing.assert_close(out[:, c], want[:, :, 0])
+    out.sum().backward()  # also of no block at all
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in compressor.parameters())
+
+
+def test_the_compressor_copies_its_network() -> None:
+    network = CompressMLP(D, L)
+    keys, values = (BlockCompressor(network, CFG, HEADS, D, positions=True) for _ in range(2))
+    given = {id(p) for module in (network, keys, values) for p in module.parameters()}
+    assert len(given) == 4 + 5 + 5
+    torch.testing.assert_close(keys.network.state_dict(), values.network.state_dict())
+    assert BlockCompressor(network, CFG, HEADS, D, positions=False).positions is None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_under_autocast_keys_keep_their_dtype(name: str) -> None:
+    compressor = BlockCompressor(NETWORKS[name], CFG, HEADS, D, positions=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compressor(torch.randn(1, 20, HEADS, D).bfloat16()).dtype == torch.bfloat16
