@@ -1,0 +1,193 @@
+"""What every corpus shares: prepared once as token shards, served as {"tokens": int64 [B, T + 1]}.
+
+Inputs are tokens[:, :-1] and labels tokens[:, 1:]; a label of -1 is not scored, and occurs only
+where the last windows of a validation or test split are padded.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.sampler import EvalBatches, EvalWindows, TrainBatches, TrainWindows
+from data.shards import (
+    ShardWriter,
+    TokenSplit,
+    open_shards,
+    prepare_shards,
+    shard_folder,
+)
+from data.tokenizer import AnyTokenizer, ByteTokenizer, saved_tokenizer
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+
+
+class TokenDataModule(L.LightningDataModule):
+    """What every corpus shares; a subclass says what its tokens are made from, and makes them.
+
+    Args:
+        name: of the corpus, for folders and logs.
+        vocab_size: ids the model must know: at least as many as the tokenizer has.
+        seq_len: T, the labels in a window.
+        micro_batch_size: windows a rank takes at once, in training and validation.
+        num_workers: loader processes on each rank.
+        val_tokens, test_tokens: score only the first so many tokens of the split; None: all.
+        seed: of the order in which training windows come; it moves nothing else.
+
+    After `prepare_data` and `setup` it has `splits` and `tokenizer`; train, val and test then hold
+    at least one window each.
+    """
+
+    more_text = "choose a larger corpus"  # the way out where a split is shorter than a window
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        vocab_size: int,
+        seq_len: int,
+        micro_batch_size: int,
+        num_workers: int = 0,
+        val_tokens: int | None = None,
+        test_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_at_least("model.seq_len", seq_len, 1)
+        check_at_least("batch.micro_batch_size", micro_batch_size, 1)
+        check_at_least("data.num_workers", num_workers, 0)
+        for option, value in (("data.val_tokens", val_tokens), ("data.test_tokens", test_tokens)):
+            if value is not None:
+                check_at_least(option, value, 2)
+        self.name: str = name
+        self.vocab_size = vocab_size
+        self.seq_len = seq_len
+        self.micro_batch_size = micro_batch_size
+        self.num_workers = num_workers
+        self.eval_tokens = {"val": val_tokens, "test": test_tokens}
+        self.seed = seed
+        self._prepared = False
+        self.splits: dict[str, TokenSplit] = {}
+        self.tokenizer: AnyTokenizer = ByteTokenizer()
+
+    def source(self) -> dict[str, Any]:
+        """Everything the tokens depend on, as plain JSON values: the identity of the shards."""
+        raise NotImplementedError
+
+    def build(self, folder: Path) -> None:
+        """Write the tokens of all splits into `folder`, through `self.writer`."""
+        raise NotImplementedError
+
+    def writer(self, folder: Path, tokenizer: AnyTokenizer) -> ShardWriter:
+        """A writer for this corpus, the tokenizer saved beside the tokens."""
+        writer = ShardWriter(folder, tokenizer.vocab_size, self.source())
+        writer.index["tokenizer"] = tokenizer.save(folder)
+        return writer
+
+    def prepare_data(self) -> None:
+        """Build the shards where they do not exist, verify them where they do."""
+        if not self._prepared:
+            source = self.source()
+            prepare_shards(shard_folder(self.name, source), source, self.build)
+            self._prepared = True
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the shards."""
+        if self.splits:
+            return
+        folder = shard_folder(self.name, self.source())
+        index, splits = open_shards(folder)
+        for split in SPLITS:
+            num_tokens = len(splits.get(split, ()))
+            if num_tokens <= self.seq_len:
+                raise ValueError(
+                    f"data={self.name}: the {split} split has {num_tokens} tokens, one window of "
+                    f"model.seq_len={self.seq_len} needs {self.seq_len + 1}: lower model.seq_len, "
+                    f"or give the split more text: {self.more_text}"
+                )
+        self.splits = splits
+        self.tokenizer = saved_tokenizer(folder, index["tokenizer"])
+        counts = ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)
+        log.info("%s: %s tokens in %s", self.name, counts, folder)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches from the trainer's step to its last; each depends on seed and step alone."""
+        trainer = self.trainer
+        if trainer is None or trainer.max_steps < 1:
+            raise ValueError(
+                "the training data is counted in optimizer steps: set trainer.max_steps to their "
+                "number (and trainer.max_epochs=-1)"
+            )
+        batches = TrainBatches(
+            start_step=trainer.global_step,
+            num_steps=trainer.max_steps,
+            micro_batch_size=self.micro_batch_size,
+            accumulate=trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        return self._loader(TrainWindows(self.splits["train"], self.seq_len, self.seed), batches)
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation split, or its first `val_tokens`, once."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """The test split, or its first `test_tokens`, once."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        windows = EvalWindows(self.splits[split], self.seq_len, self.eval_tokens[split])
+        batches = EvalBatches(
+            num_windows=len(windows),
+            batch_size=self.micro_batch_size,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+        return self._loader(windows, batches)
+
+    def _loader(self, dataset: Dataset, batches: Sampler[list[int]]) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # An iterator draws a seed for its workers: from here, so that the model's random
+            # numbers do not depend on how often a loader was started.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def bytes_per_token(self, split: str) -> float:
+        """Mean bytes of text behind a token of the split: bpb = nats per token / ln 2 / this."""
+        return self.splits[split].bytes_per_token
+
+    def encode(self, text: str) -> list[int]:
+        """Text as ids."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids as text."""
+        return self.tokenizer.decode(ids)
+
+
+def check_at_least(option: str, value: int, least: int) -> None:
+    """Refuse a number that is too small, by the option's name."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{option}={value!r} must be a whole number of at least {least}")
+
+
+def check_fractions(val: float, test: float) -> dict[str, float]:
+    """The fractions of a corpus that validation and test get; some must be left to train on."""
+    if min(val, test) < 0 or val + test >= 1:
+        raise ValueError(
+            f"data.val_fraction={val} and data.test_fraction={test} must be at least 0 and "
+            "together less than 1: the rest is trained on"
+        )
+    return {"val": val, "test": test}

@@ -1,0 +1,241 @@
+"""The corpora: enwik8, the standard library, text files, Hugging Face datasets."""
+
+import hashlib
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import enwik8, sources
+from data.base import SPLITS, TokenDataModule, check_at_least, check_fractions
+from data.documents import DatasetChoice, write_documents, write_text
+from data.sampler import mix
+from data.shards import cache_root
+from data.tokenizer import ByteTokenizer, TokenizerChoice
+
+
+class Enwik8DataModule(TokenDataModule):
+    """enwik8 by the byte: the first 90 % to train on, 5 to validate, 5 to test.
+
+    Args:
+        path: a local copy (plain, .gz, .xz, .zst or .zip); None: download it, once.
+    """
+
+    def __init__(self, *, path: str | None = None, **numbers: Any) -> None:
+        super().__init__(**numbers)
+        TokenizerChoice("bytes", self.vocab_size)  # refuses another size
+        if path is not None:
+            sources.expand("data.path", [path])
+        self.path = path
+
+    def source(self) -> dict[str, Any]:
+        return {"corpus": "enwik8", "sha256": enwik8.SHA256}
+
+    def build(self, folder: Path) -> None:
+        corpus = enwik8.enwik8_bytes(self.path, cache_root() / "downloads")
+        tokens = np.frombuffer(corpus, np.uint8)
+        cuts = [len(tokens) * percent // 100 for percent in (0, 90, 95, 100)]
+        with self.writer(folder, ByteTokenizer()) as writer:
+            for split, start, stop in zip(SPLITS, cuts[:-1], cuts[1:], strict=True):
+                writer.append(split, tokens[start:stop], stop - start)
+
+
+class StdlibDataModule(TokenDataModule):
+    """The source text of the running Python's standard library, by the byte; needs no network.
+
+    Whole files go to a split, about 90, 5 and 5 % of the bytes, one after the other in the order of
+    their paths. Tests and generated tables are left out.
+    """
+
+    def __init__(self, **numbers: Any) -> None:
+        super().__init__(**numbers)
+        TokenizerChoice("bytes", self.vocab_size)  # refuses another size
+
+    def source(self) -> dict[str, Any]:
+        sizes = [[name, file.stat().st_size] for name, file in sources.stdlib_files().items()]
+        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+        return {"corpus": "stdlib", "python": platform.python_version(), "files": digest}
+
+    def build(self, folder: Path) -> None:
+        texts = {name: file.read_bytes() for name, file in sources.stdlib_files().items()}
+        sizes = {name: len(text) for name, text in texts.items()}
+        splits = sources.split_files(sizes, val=0.05, test=0.05)
+        with self.writer(folder, ByteTokenizer()) as writer:
+            for name, text in texts.items():
+                writer.append(splits[name], np.frombuffer(text, np.uint8), len(text))
+
+
+class TextDataModule(TokenDataModule):
+    """Text files of one's own, read as one stream: file follows file, with nothing between them.
+
+    Args:
+        paths: files or globs, plain, .gz, .xz, .zst or .zip (of one file).
+        val_paths, test_paths: the same for the other splits. Where empty, the split is cut off the
+            end of `paths`: train, then val, then test.
+        val_fraction, test_fraction: of the bytes of `paths`, for a split without paths.
+        tokenizer: see `data.tokenizer.TokenizerChoice`; with train it learns from the train split.
+    """
+
+    more_text = "raise data.val_fraction and data.test_fraction, or name more files"
+
+    def __init__(
+        self,
+        *,
+        paths: str | list[str],
+        val_paths: str | list[str] | None = None,
+        test_paths: str | list[str] | None = None,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        tokenizer: str = "bytes",
+        **numbers: Any,
+    ) -> None:
+        super().__init__(**numbers)
+        self.tokenizer_choice = TokenizerChoice(tokenizer, self.vocab_size)
+        self.fractions = check_fractions(val_fraction, test_fraction)
+        if not paths:
+            raise ValueError(
+                "data.paths is empty: name files or globs, as in data.paths=[book.txt]"
+            )
+        self.files: dict[str, list[Path]] = {}
+        for option, given in (
+            ("paths", paths),
+            ("val_paths", val_paths),
+            ("test_paths", test_paths),
+        ):
+            patterns = [given] if isinstance(given, str) else list(given or [])
+            self.files[option] = sources.expand(f"data.{option}", patterns)
+            if option != "paths" and (shared := {*self.files["paths"]} & {*self.files[option]}):
+                raise ValueError(f"data.{option}: {min(shared)} is in data.paths, too")
+
+    def source(self) -> dict[str, Any]:
+        return {
+            "corpus": "text",
+            "files": {option: sources.stamp(files) for option, files in self.files.items()},
+            "fractions": self.fractions,
+            "tokenizer": self.tokenizer_choice.source(),
+        }
+
+    def build(self, folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            texts = self._texts(Path(scratch))
+            tokenizer = self.tokenizer_choice.make(
+                lambda: (p.decode("utf-8", "replace") for p in sources.pieces(texts["train"]))
+            )
+            with self.writer(folder, tokenizer) as writer:
+                for split, text in texts.items():
+                    write_text(writer, tokenizer, split, text)
+
+    def _texts(self, scratch: Path) -> dict[str, NDArray[np.uint8]]:
+        """The bytes of each split, mapped from one joined file per list of paths."""
+        whole = sources.join(self.files["paths"], scratch / "paths")
+        texts, stop = {}, len(whole)
+        for split in ("test", "val"):
+            if files := self.files[f"{split}_paths"]:
+                texts[split] = sources.join(files, scratch / split)
+            else:
+                size = int(len(whole) * self.fractions[split])
+                start = sources.character_start(whole, stop - size)
+                texts[split], stop = whole[start:stop], start
+        return {"train": whole[:stop], "val": texts["val"], "test": texts["test"]}
+
+
+class HuggingFaceDataModule(TokenDataModule):
+    """A Hugging Face dataset with a column of text: a document a row, an end of text after each.
+
+    Args:
+        name: a dataset on the hub; a builder (json, parquet, csv, text) with `data_files`; a
+            folder, also one that `save_to_disk` wrote.
+        config: the dataset's configuration, where it has several.
+        data_files: files, globs or URLs, or a mapping from split to these.
+        revision: branch, tag or commit of a dataset on the hub.
+        train_split, val_split, test_split: the dataset's names for them. None: a fraction of the
+            training documents is kept out of training.
+        val_fraction, test_fraction: of the training documents, for a split without a name.
+        text_column: the column.
+        streaming: take rows as they arrive, without a copy of the dataset on this disk.
+        max_tokens: end a split with the document that reaches so many tokens; None: take all.
+        shuffle_seed: shuffle the documents before they are written; None: keep their order.
+        tokenizer, eot_token: see `data.tokenizer.TokenizerChoice`; train learns from the documents
+            of the train split.
+    """
+
+    more_text = "raise data.max_tokens, data.val_fraction or data.test_fraction"
+
+    def __init__(
+        self,
+        *,
+        name: str | None,
+        config: str | None = None,
+        data_files: Any = None,
+        revision: str | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        test_split: str | None = None,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        text_column: str = "text",
+        streaming: bool = False,
+        max_tokens: int | None = None,
+        shuffle_seed: int | None = None,
+        tokenizer: str = "bytes",
+        eot_token: str | None = None,
+        **numbers: Any,
+    ) -> None:
+        if not name:
+            raise ValueError(
+                "data.name is missing: name a dataset, as in data.name=roneneldan/TinyStories, "
+                "or a builder with files, as in data.name=json data.data_files=corpus.jsonl"
+            )
+        super().__init__(name=name, **numbers)
+        if max_tokens is not None:
+            check_at_least("data.max_tokens", max_tokens, 1)
+        self.tokenizer_choice = TokenizerChoice(tokenizer, self.vocab_size, eot_token)
+        self.dataset = DatasetChoice(
+            name, config, data_files, revision, text_column, streaming, shuffle_seed
+        )
+        self.fractions = check_fractions(val_fraction, test_fraction)
+        self.split_names = {"train": train_split, "val": val_split, "test": test_split}
+        self.max_tokens = max_tokens
+
+    def source(self) -> dict[str, Any]:
+        return {
+            "corpus": "hf",
+            "dataset": self.dataset.source(),
+            "splits": self.split_names,
+            "fractions": self.fractions,
+            "max_tokens": self.max_tokens,
+            "tokenizer": self.tokenizer_choice.source(),
+        }
+
+    def build(self, folder: Path) -> None:
+        tokenizer = self.tokenizer_choice.make(self._training_texts)
+        if tokenizer.eot is None:
+            raise ValueError(
+                f"data.tokenizer={self.tokenizer_choice.name!r} names no end of text, which "
+                "documents are joined by: set data.eot_token"
+            )
+        with self.writer(folder, tokenizer) as writer:
+            for split, name in self.split_names.items():
+                if name is not None:
+                    split_of = self._split_of if split == "train" else lambda _, split=split: split
+                    texts = self.dataset.texts(name)
+                    write_documents(writer, tokenizer, texts, split_of, self.max_tokens)
+
+    def _split_of(self, number: int) -> str:
+        """Where a document of the training split goes: drawn from its number alone."""
+        draw = mix(number) / 2**64
+        for split, fraction in self.fractions.items():
+            if self.split_names[split] is None:
+                if draw < fraction:
+                    return split
+                draw -= fraction
+        return "train"
+
+    def _training_texts(self) -> Iterator[str]:
+        texts = self.dataset.texts(self.split_names["train"])
+        return (text for number, text in enumerate(texts) if self._split_of(number) == "train")

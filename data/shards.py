@@ -1,0 +1,244 @@
+"""Token shards: flat files of unsigned integers, memory-mapped, beside a small JSON index.
+
+    <folder>/index.json         source, vocabulary, dtype; per split: tokens, bytes, shards
+    <folder>/train-00000.bin    the tokens, little-endian, without a header
+    <folder>/tokenizer.json     only where tokens are not bytes
+
+What is checked when: `prepare_shards` compares the sha256 of every file with the index, each time
+a run prepares its data; `open_shards` compares sizes only, in every process that reads.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+FORMAT = "nsa-tokens-1"
+INDEX = "index.json"
+SHARD_TOKENS = 1 << 28
+
+
+def cache_root() -> Path:
+    """Where all that is downloaded or prepared goes: $NSA_DATA_DIR, or nsa in the user's cache."""
+    if root := os.environ.get("NSA_DATA_DIR"):
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "nsa"
+
+
+def shard_folder(name: str, source: dict[str, Any]) -> Path:
+    """Where the tokens made from `source` live: a readable name and a digest of the settings."""
+    digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_root() / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{digest}"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned integer that holds every id."""
+    return np.dtype("u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"verify {path.name}", delay=2)
+    with path.open("rb") as file, bar:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes tokens into shards of at most `SHARD_TOKENS`, then the index that names them.
+
+    A context manager: the index is written only where the block ends without an exception. Splits
+    may be written in any order, in as many pieces as wanted.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, source: dict[str, Any]) -> None:
+        self.folder = folder
+        self.dtype = token_dtype(vocab_size)
+        self.index: dict[str, Any] = {
+            "format": FORMAT,
+            "source": source,
+            "vocab_size": vocab_size,
+            "dtype": self.dtype.str,
+            "splits": {},
+        }
+        self._open: dict[str, tuple[BinaryIO, Any]] = {}  # split -> file, sha256 so far
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        for split in list(self._open):
+            self._finish_shard(split)
+        for entry in self.index["splits"].values():
+            entry["bytes_per_token"] = entry["bytes"] / max(entry["tokens"], 1)
+        if error is None:
+            (self.folder / INDEX).write_text(json.dumps(self.index, indent=2) + "\n")
+
+    def num_tokens(self, split: str) -> int:
+        """Tokens written to a split so far."""
+        return self.index["splits"].get(split, {}).get("tokens", 0)
+
+    def append(self, split: str, tokens: NDArray[np.integer], num_bytes: int) -> None:
+        """Add tokens [n] that stand for `num_bytes` bytes of text."""
+        entry = self.index["splits"].setdefault(split, {"tokens": 0, "bytes": 0, "shards": []})
+        entry["tokens"] += len(tokens)
+        entry["bytes"] += num_bytes
+        while len(tokens):
+            if split not in self._open:
+                self._start_shard(split)
+            room = SHARD_TOKENS - entry["shards"][-1]["tokens"]
+            self._write(split, tokens[:room])
+            if len(tokens) >= room:
+                self._finish_shard(split)
+            tokens = tokens[room:]
+
+    def _start_shard(self, split: str) -> None:
+        shards = self.index["splits"][split]["shards"]
+        shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0, "sha256": ""})
+        self._open[split] = ((self.folder / shards[-1]["file"]).open("wb"), hashlib.sha256())
+
+    def _write(self, split: str, tokens: NDArray[np.integer]) -> None:
+        file, digest = self._open[split]
+        block = tokens.astype(self.dtype).tobytes()
+        file.write(block)
+        digest.update(block)
+        self.index["splits"][split]["shards"][-1]["tokens"] += len(tokens)
+
+    def _finish_shard(self, split: str) -> None:
+        file, digest = self._open.pop(split)
+        file.close()
+        self.index["splits"][split]["shards"][-1]["sha256"] = digest.hexdigest()
+
+
+class TokenSplit:
+    """One split as a single sequence of tokens, in however many shards it lies.
+
+    Shards are mapped when first read, so that every loader worker opens its own.
+    """
+
+    def __init__(self, folder: Path, dtype: str, entry: dict[str, Any]) -> None:
+        self.dtype = np.dtype(dtype)
+        self.bytes_per_token: float = entry["bytes_per_token"]
+        self.files = [folder / shard["file"] for shard in entry["shards"]]
+        self.starts = [0]
+        for shard in entry["shards"]:
+            self.starts.append(self.starts[-1] + shard["tokens"])
+        self._maps: dict[int, NDArray[np.integer]] = {}
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) of the split, cut off at its end."""
+        pieces = [np.empty(0, np.int64)]
+        stop = min(stop, len(self))
+        while start < stop:
+            shard = bisect_right(self.starts, start) - 1
+            end = min(stop, self.starts[shard + 1])
+            first = self.starts[shard]
+            pieces.append(self._map(shard)[start - first : end - first].astype(np.int64))
+            start = end
+        return np.concatenate(pieces)
+
+    def _map(self, shard: int) -> NDArray[np.integer]:
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self.files[shard], self.dtype, mode="r")
+        return self._maps[shard]
+
+
+def prepare_shards(folder: Path, source: dict[str, Any], build: Callable[[Path], None]) -> None:
+    """Build the shards of `source` in `folder` once, or verify every byte of those that are there.
+
+    `build` writes into a folder aside, which is renamed when it is complete. Of several processes
+    that come at once, one builds and the others wait, then verify.
+
+    Raises:
+        ValueError: a file of `folder` is missing, truncated or damaged, or of another source.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            verify_shards(folder, source)
+            return
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed process: the lock is ours
+        part.mkdir()
+        try:
+            build(part)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def verify_shards(folder: Path, source: dict[str, Any]) -> None:
+    """Compare the source and the sha256 of every file with the index."""
+    index = read_index(folder)
+    if index["source"] != source:
+        refuse(folder / INDEX, f"it was made from {index['source']}, this run asks for {source}")
+    for entry in index["splits"].values():
+        for shard in entry["shards"]:
+            verify_file(folder / shard["file"], shard["sha256"])
+    if tokenizer := index.get("tokenizer"):
+        verify_file(folder / tokenizer["file"], tokenizer["sha256"])
+
+
+def verify_file(path: Path, sha256: str) -> None:
+    """Compare one file's sha256 with the index."""
+    if not path.is_file():
+        refuse(path, "it is missing")
+    if (found := file_sha256(path)) != sha256:
+        refuse(path, f"its sha256 is {found}, the index says {sha256}")
+
+
+def open_shards(folder: Path) -> tuple[dict[str, Any], dict[str, TokenSplit]]:
+    """The index and the splits of a prepared folder, every shard's size checked."""
+    index = read_index(folder)
+    width = np.dtype(index["dtype"]).itemsize
+    for entry in index["splits"].values():
+        for shard in entry["shards"]:
+            path, size = folder / shard["file"], shard["tokens"] * width
+            if not path.is_file():
+                refuse(path, "it is missing")
+            if path.stat().st_size != size:
+                refuse(path, f"it has {path.stat().st_size} bytes, the index says {size}")
+    splits = {name: TokenSplit(folder, index["dtype"], s) for name, s in index["splits"].items()}
+    return index, splits
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a folder, refused where it is none of ours."""
+    path = folder / INDEX
+    if not path.is_file():
+        refuse(path, "it is missing")
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        refuse(path, f"it is no JSON ({error})")
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        refuse(path, f"it is no index of format {FORMAT!r}")
+    return index
+
+
+def refuse(path: Path, reason: str) -> NoReturn:
+    """Say which file of the cache cannot be used, why, and how to go on."""
+    raise ValueError(
+        f"{path} cannot be used: {reason}. "
+        f"Delete the folder {path.parent} and run again: it is rebuilt"
+    )

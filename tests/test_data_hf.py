@@ -1,0 +1,268 @@
+"""Hugging Face datasets and tokenizers, all of them local: no test here needs a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from data.datamodule import HuggingFaceDataModule, TextDataModule
+from data.tokenizer import (
+    END_OF_TEXT,
+    SubwordTokenizer,
+    TokenizerChoice,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+WORDS = ("sparse", "attention", "selects", "blocks", "grüße", "世界", "and", "slides", "over\n")
+DOCUMENTS = [
+    f"document {i}: " + " ".join(np.random.default_rng(i).choice(WORDS, 20)) for i in range(300)
+]
+SIZES: dict[str, Any] = {"vocab_size": 256, "seq_len": 16, "micro_batch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NSA_DATA_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": d, "number": i} for i, d in enumerate(DOCUMENTS)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "cache"
+
+
+def hf(**options: Any) -> HuggingFaceDataModule:
+    local = {"name": "json", "data_files": "corpus.jsonl"}
+    module = HuggingFaceDataModule(**local | SIZES | options)
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def documents(module: HuggingFaceDataModule, split: str) -> list[str]:
+    """The documents of a split, read back from its tokens."""
+    tokens, eot = module.splits[split], module.tokenizer.eot
+    ids = tokens.read(0, len(tokens))
+    ends = np.flatnonzero(ids == eot)
+    assert ends[-1] == len(ids) - 1
+    starts = [0, *(ends[:-1] + 1)]
+    return [module.decode(ids[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+
+def everything(module: HuggingFaceDataModule) -> list[str]:
+    """The documents of all splits, sorted."""
+    return sorted(d for split in module.splits for d in documents(module, split))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("tokenizer", ["bytes", "train"])
+def test_every_document_is_in_one_split_and_ends_with_its_token(
+    streaming: bool, tokenizer: str
+) -> None:
+    vocab_size = {"bytes": 256, "train": 400}[tokenizer]
+    module = hf(streaming=streaming, tokenizer=tokenizer, vocab_size=vocab_size)
+    found = {split: documents(module, split) for split in ("train", "val", "test")}
+    assert sorted(found["train"] + found["val"] + found["test"]) == sorted(DOCUMENTS)
+    assert 5 < len(found["val"]) < 30 and 5 < len(found["test"]) < 30
+    numbers = [DOCUMENTS.index(d) for d in found["train"]]
+    assert numbers == sorted(numbers)
+    for split in found:
+        size = sum(len(d.encode()) + 1 for d in found[split])
+        tokens = len(module.splits[split])
+        assert module.bytes_per_token(split) == pytest.approx(size / tokens)
+    assert (module.bytes_per_token("train") == 1) == (tokenizer == "bytes")
+
+
+def test_streaming_and_reading_make_the_same_tokens() -> None:
+    read, streamed = (
+        hf(tokenizer="train", vocab_size=300),
+        hf(tokenizer="train", vocab_size=300, streaming=True),
+    )
+    for split, tokens in read.splits.items():
+        n = len(tokens)
+        assert (tokens.read(0, n) == streamed.splits[split].read(0, n)).all()
+
+
+def test_a_trained_tokenizer_is_kept_with_its_tokens(cache: Path) -> None:
+    module = hf(tokenizer="train", vocab_size=400)
+    text = "sparse attention: grüße 世界 <&>\n"
+    assert module.decode(module.encode(text)) == text
+    assert len(module.encode(text)) < len(text.encode())
+    assert module.vocab_size == 400
+    (saved,) = cache.glob("json-*/tokenizer.json")
+    again = load_tokenizer(str(saved), 400, None)
+    assert again.encode(text) == module.encode(text)
+    saved.write_text(saved.read_text().replace("attention", "attentiom", 1))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be used: its sha256"):
+        hf(tokenizer="train", vocab_size=400)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_max_tokens_ends_a_split_with_the_document_that_reaches_it(streaming: bool) -> None:
+    module = hf(streaming=streaming, max_tokens=8000)
+    found = documents(module, "train")
+    assert 8000 <= len(module.splits["train"]) < 8000 + len(found[-1].encode()) + 1
+    assert len(found) < 200
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_are_shuffled_where_asked(streaming: bool) -> None:
+    kept = hf(streaming=streaming)
+    shuffled = hf(streaming=streaming, shuffle_seed=0)
+    assert everything(kept) == everything(shuffled) == sorted(DOCUMENTS)
+    assert documents(kept, "train") != documents(shuffled, "train")
+    assert documents(shuffled, "train") != documents(
+        hf(streaming=streaming, shuffle_seed=1), "train"
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_of_the_dataset_are_taken_by_name(tmp_path: Path, streaming: bool) -> None:
+    whole = datasets.Dataset.from_dict({"body": DOCUMENTS})
+    parts = {"train": (0, 200), "validation": (200, 250), "test": (250, 300)}
+    saved = datasets.DatasetDict({n: whole.select(range(*p)) for n, p in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    options = {"name": "saved", "data_files": None, "text_column": "body", "streaming": streaming}
+    module = hf(**options, val_split="validation", test_split="test")
+    found = [documents(module, split) for split in ("train", "val", "test")]
+    assert found == [DOCUMENTS[:200], DOCUMENTS[200:250], DOCUMENTS[250:]]
+    partly = hf(**options, val_split="validation")
+    assert documents(partly, "val") == DOCUMENTS[200:250]
+    assert set(documents(partly, "train") + documents(partly, "test")) == set(DOCUMENTS[:200])
+    with pytest.raises(ValueError, match=r"data\.name='saved' .*'dev' cannot be loaded"):
+        hf(**options, val_split="dev")
+
+
+def test_files_by_split_and_other_builders(tmp_path: Path) -> None:
+    for name, part in (("a", DOCUMENTS[:200]), ("b", DOCUMENTS[200:])):
+        datasets.Dataset.from_dict({"text": part}).to_parquet(tmp_path / f"{name}.parquet")
+    files = {"train": "a.parquet", "heldout": ["b.parquet"]}
+    module = hf(name="parquet", data_files=files, val_split="heldout", test_fraction=0.1)
+    assert documents(module, "val") == DOCUMENTS[200:]
+    assert set(documents(module, "train") + documents(module, "test")) == set(DOCUMENTS[:200])
+
+
+def test_a_name_on_the_hub_is_asked_for_with_config_and_revision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def load_dataset(*args: Any, **options: Any) -> datasets.Dataset:
+        asked.append((args, options["revision"], options["streaming"], options["split"]))
+        return datasets.Dataset.from_dict({"text": DOCUMENTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hf(name="some/corpus", data_files=None, config="en", revision="v2", train_split="all")
+    assert asked == [(("some/corpus", "en"), "v2", False, "all")]
+
+
+def test_changed_files_are_read_again(tmp_path: Path) -> None:
+    before = documents(hf(), "train")
+    rows = [json.dumps({"text": d.upper()}) for d in DOCUMENTS]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(rows))
+    assert documents(hf(), "train") == [d.upper() for d in before]
+
+
+def test_rows_without_text_are_left_out(tmp_path: Path) -> None:
+    rows = [{"text": t} for d in DOCUMENTS for t in (d, "", None)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    module = hf()
+    assert everything(module) == sorted(DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": None}, r"data\.name is missing"),
+        ({"name": "nobody/nothing", "data_files": None}, r"'nobody/nothing' .* cannot be loaded"),
+        ({"data_files": "no.jsonl"}, r"data\.name='json' .* cannot be loaded: .*no\.jsonl"),
+        ({"train_split": "dev"}, r"'dev' cannot be loaded"),
+        ({"text_column": "body"}, r"text_column='body' is no column .* it has text, number"),
+        ({"max_tokens": 0}, r"data\.max_tokens=0"),
+        ({"val_fraction": 1.0}, r"data\.val_fraction=1\.0"),
+        ({"val_fraction": 0.0}, r"the val split has 0 tokens.* raise .*data\.val_fraction"),
+        ({"eot_token": "</s>"}, r"eot_token='</s>' is for a tokenizer that is loaded"),
+        ({"tokenizer": "no/such"}, r"data\.tokenizer='no/such' cannot be loaded"),
+        ({"tokenizer": "no.json"}, r"data\.tokenizer='no\.json': there is no file"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf(**options)
+
+
+@pytest.fixture(scope="module")
+def trained() -> SubwordTokenizer:
+    return train_tokenizer(DOCUMENTS, 350)
+
+
+def test_a_tokenizer_is_loaded_from_a_file_or_a_folder(
+    trained: SubwordTokenizer, tmp_path: Path
+) -> None:
+    text = DOCUMENTS[0]
+    trained.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "bare").mkdir()
+    trained.tokenizer.save(str(tmp_path / "bare" / "tokenizer.json"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=trained.tokenizer, eos_token=END_OF_TEXT, model_max_length=8
+    ).save_pretrained(tmp_path / "full")
+    for name in ("tokenizer.json", "bare", "full"):
+        loaded = load_tokenizer(name, 350, None)
+        assert loaded.encode(text) == trained.encode(text)
+        assert (loaded.eot, loaded.vocab_size) == (trained.eot, 350)
+        assert documents(hf(tokenizer=name, vocab_size=512), "train")
+    with pytest.raises(ValueError, match=r"vocab_size=349 is too small.* has 350 tokens"):
+        load_tokenizer("bare", 349, None)
+
+
+def test_the_end_of_text_can_be_named_and_must_be_known(
+    trained: SubwordTokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    trained.tokenizer.save(str(path))
+    path.write_text(path.read_text().replace(END_OF_TEXT, "<end>"))
+    with pytest.raises(ValueError, match=r"names no end of text.* set data\.eot_token"):
+        hf(tokenizer=str(path), vocab_size=350)
+    module = hf(tokenizer=str(path), vocab_size=350, eot_token="<end>")
+    assert module.decode([module.tokenizer.eot]) == "<end>"
+    with pytest.raises(ValueError, match=r"eot_token='<stop>' is no token of"):
+        hf(tokenizer=str(path), vocab_size=350, eot_token="<stop>")
+
+
+@pytest.mark.parametrize("tokenizer", ["train", "tokenizer.json"])
+def test_text_files_take_the_same_tokenizers(
+    trained: SubwordTokenizer, tmp_path: Path, tokenizer: str
+) -> None:
+    trained.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "book.txt").write_text("\n".join(DOCUMENTS))
+    sizes = SIZES | {"vocab_size": 350}
+    module = TextDataModule(name="text", paths=["book.txt"], tokenizer=tokenizer, **sizes)
+    module.prepare_data()
+    module.setup()
+    read = {name: module.decode(s.read(0, len(s))) for name, s in module.splits.items()}
+    assert read["train"] + read["val"] + read["test"] == "\n".join(DOCUMENTS)
+    for name, split in module.splits.items():
+        size = len(read[name].encode())
+        assert module.bytes_per_token(name) == pytest.approx(size / len(split))
+    assert module.bytes_per_token("train") > 1.5
+
+
+def test_a_tokenizer_that_is_trained_sees_only_the_train_split() -> None:
+    texts = list(hf(tokenizer="train", vocab_size=300)._training_texts())
+    assert sorted(texts) == sorted(documents(hf(), "train"))
+
+
+def test_the_choice_of_a_tokenizer_names_what_ids_depend_on(tmp_path: Path) -> None:
+    assert TokenizerChoice("train", 300).source() != TokenizerChoice("train", 301).source()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = TokenizerChoice("tokenizer.json", 300).source()
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    assert TokenizerChoice("tokenizer.json", 300).source() != before
