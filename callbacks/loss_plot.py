@@ -1,0 +1,111 @@
+"""loss.png: bits per byte against steps and tokens."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from callbacks.csv_logger import Row, RunCSVLogger, read_rows
+from callbacks.run_folder import leaves_files, replacing, run_folder
+
+TRAIN, VALIDATION = "#8aa9c9", "#c2452d"
+TICKS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+Curve = list[tuple[int, float]]
+
+
+class LossPlot(Callback):
+    """Draws metrics.csv after every validation and at the end of training. Needs the CSV logger.
+
+    Args:
+        smoothing: the training curve's bold line is the mean over this share of the run so far,
+            0 to 1 exclusive; 0 draws the curve as it is.
+    """
+
+    def __init__(self, smoothing: float = 0.1) -> None:
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing} of LossPlot must be at least 0 and below 1")
+        self.smoothing = smoothing
+        self._tokens_per_step: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        has_csv = any(isinstance(logger, RunCSVLogger) for logger in trainer.loggers)
+        if stage == "fit" and not has_csv and leaves_files(trainer):
+            raise ValueError(
+                "callbacks.loss_plot draws metrics.csv: add the csv logger, or drop the plot with "
+                "~callbacks.loss_plot"
+            )
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        rows, length = batch["tokens"].shape
+        devices_and_micro_batches = trainer.world_size * trainer.accumulate_grad_batches
+        self._tokens_per_step = rows * (length - 1) * devices_and_micro_batches
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._draw(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        if not leaves_files(trainer):
+            return
+        folder = run_folder(trainer)
+        rows = read_rows(Path(folder, "metrics.csv"))
+        train, validation = curve(rows, "train/bpb"), curve(rows, "val/bpb")
+        if train or validation:
+            figure = draw(train, validation, self.smoothing, self._tokens_per_step)
+            with replacing(folder / "loss.png") as draft:
+                figure.savefig(draft, dpi=150)
+
+
+def curve(rows: list[Row], name: str) -> Curve:
+    """(optimizer steps done, value) of every row that has the metric."""
+    return [(int(row["step"]) + 1, float(row[name])) for row in rows if name in row]
+
+
+def smooth(points: Curve, share: float) -> Curve:
+    """Each point's mean with those before it, as far back as `share` of the points so far."""
+    means = []
+    for end, (step, _) in enumerate(points, start=1):
+        last = points[end - max(1, round(end * share)) : end]
+        means.append((step, sum(value for _, value in last) / len(last)))
+    return means
+
+
+def draw(train: Curve, validation: Curve, smoothing: float, tokens_per_step: int | None) -> Figure:
+    """Training thin and smoothed, validation with its last and its best value in the legend."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        smoothed = smooth(train, smoothing)
+        axes.plot(*zip(*train, strict=True), color=TRAIN, alpha=0.35, linewidth=1)
+        label = f"training, {smoothed[-1][1]:.3f} at the end"
+        axes.plot(*zip(*smoothed, strict=True), color=TRAIN, linewidth=2, label=label)
+    if validation:
+        last, best = validation[-1][1], min(value for _, value in validation)
+        label = f"validation, {last:.3f} at the end"
+        label += f", {best:.3f} at best" if best < last else ""
+        style = {"marker": "o", "markersize": 4, "linewidth": 2}
+        axes.plot(*zip(*validation, strict=True), color=VALIDATION, label=label, **style)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("bits per byte")
+    values = [value for _, value in train + validation]
+    if min(values) * 2 < max(values):  # show the long end as well as the first steps
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=TICKS))
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    if tokens_per_step is not None:
+        million = tokens_per_step / 1e6
+        there_and_back: Any = (lambda steps: steps * million, lambda tokens: tokens / million)
+        above = axes.secondary_xaxis("top", functions=there_and_back)
+        above.set_xlabel("million tokens")
+    return figure

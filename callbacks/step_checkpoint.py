@@ -1,0 +1,40 @@
+"""Checkpoints every n optimizer steps that a run can go on from exactly."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Lightning's `ModelCheckpoint`, with two gaps of saving by steps closed.
+
+    Where a validation falls on the same step, the checkpoint is saved after it, not before: a run
+    that goes on from it skips that validation, so it must know its result and the best checkpoint.
+    And the end of training is always saved, also between two cadences. Takes the same arguments;
+    keep `every_n_train_steps` set and `monitor=step`.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not _validation_follows(trainer):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether validation runs after this micro-batch, where it is counted in micro-batches."""
+    every = trainer.val_check_batch if trainer.check_val_every_n_epoch is None else None
+    if not every or not trainer.enable_validation:
+        return False
+    return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0

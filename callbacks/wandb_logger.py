@@ -1,0 +1,85 @@
+"""Weights & Biases: offline by default, one W&B run for a run folder, however often it goes on."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import WandbLogger
+
+from callbacks.run_folder import write_text
+
+MAX_NAME = 128  # characters that W&B shows a run by; it refuses more
+
+
+class RunWandbLogger(WandbLogger):
+    """Lightning's `WandbLogger` for a run folder.
+
+    The run's id is kept in <save_dir>/wandb_id.txt: a run that goes on uses it again. Offline, no
+    account is needed and nothing leaves the machine; `wandb sync <save_dir>/wandb/offline-run-*`
+    uploads it later. The environment variable WANDB_MODE (offline, online, disabled) wins over
+    `offline`. Runs are grouped by the folder that holds the run folder: the jobs of a sweep are
+    one group, and so are the runs of one name.
+
+    Args:
+        save_dir: the run's folder; W&B's files go to its wandb/.
+        name: shown for the run.
+        offline: False sends everything to W&B while it happens; needs an account.
+        project, entity, tags, notes: as in `wandb.init`.
+        quiet: leave out W&B's summary of the run at its end.
+        login_timeout: seconds to wait for a key at a terminal, so that nothing hangs.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        name: str | None = None,
+        offline: bool = True,
+        project: str = "nsa",
+        entity: str | None = None,
+        tags: list[str] | None = None,
+        notes: str | None = None,
+        quiet: bool = True,
+        login_timeout: int = 60,
+    ) -> None:
+        folder = Path(save_dir).absolute()
+        self._id_file = folder / "wandb_id.txt"
+        goes_on = self._id_file.exists()
+        mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
+        options: dict[str, Any] = {
+            "mode": mode,
+            "group": folder.parent.name,
+            "entity": entity,
+            "tags": tags,
+            "notes": notes,
+            "resume": "allow" if mode == "online" else None,
+            "settings": {"quiet": quiet, "login_timeout": login_timeout},
+        }
+        super().__init__(
+            name=None if goes_on or not name else name.strip()[:MAX_NAME],  # it keeps the first
+            save_dir=folder,
+            id=self._id_file.read_text().strip() if goes_on else secrets.token_hex(4),
+            project=project,
+            **options,
+        )
+        del self._wandb_init["anonymous"]  # W&B warns of it, whatever its value
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, begun on first use.
+
+        Raises:
+            RuntimeError: if another run is still open in this process, which Lightning would
+                log into.
+        """
+        if self._experiment is None:
+            write_text(self._id_file, f"{self._id}\n")
+        run = super().experiment
+        if getattr(run, "id", None) not in (self._id, None, "dummy"):
+            raise RuntimeError(
+                f"W&B run {run.id} of an earlier job is still open: call wandb.finish() after "
+                "every job"
+            )
+        return run
