@@ -194,10 +194,9 @@ class SparseAttention(nn.Module):
         """Ones whose gradient is that of the selected blocks' importances, for `use_diff_topk`."""
         if not self.use_diff_topk:
             return None
-        importance = ops.block_importance(
-            q, k_cmp, lse, self.cfg, self.shared_selection, backend=self.backend
+        chosen = ops.selected_importance(
+            q, k_cmp, lse, block_indices, self.cfg, backend=self.backend
         )
-        chosen = importance.gather(-1, block_indices.long().clamp(min=0))
         return 1.0 + (chosen - chosen.detach())
 
 

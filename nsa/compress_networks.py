@@ -197,7 +197,7 @@ def build_compress_network(
     builders = {
         "mlp": lambda: CompressMLP(d, length, expand_factor),
         "grouped_mlp": lambda: GroupedMLP(d, length, kv_heads, expand_factor),
-        "single_projection": lambda: SingleProjection(d, length, kv_heads),
+        "single_projection": lambda: SingleProjection(d, length),
         "conv_linear": lambda: ConvLinearCompress(kv_heads, d, length),
         "attention_pool": lambda: AttentionPool(d, length),
         "compress_transformer": lambda: CompressTransformer(1, d, 1),

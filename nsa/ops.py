@@ -5,8 +5,10 @@ of `BACKENDS`. Wrong shapes, dtypes or devices raise ValueError. A module choose
 by `resolve_backend`; nothing here falls back to another one.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
@@ -21,8 +23,8 @@ class Backend:
     """One implementation of every op; `lacks` maps an option it cannot do to the reason."""
 
     compressed_attention: Callable[..., tuple[Tensor, Tensor]]
-    block_importance: Callable[..., Tensor]
     select_blocks: Callable[..., Tensor]
+    selected_importance: Callable[..., Tensor]
     selected_attention: Callable[..., Tensor]
     sliding_window_attention: Callable[..., Tensor]
     combine: Callable[..., Tensor]
@@ -31,8 +33,8 @@ class Backend:
 
 REFERENCE = Backend(
     compressed_attention=reference.compressed_attention,
-    block_importance=reference.block_importance,
     select_blocks=reference.select_blocks,
+    selected_importance=reference.selected_importance,
     selected_attention=reference.selected_attention,
     sliding_window_attention=local.sliding_window_attention,
     combine=reference.combine,
@@ -49,16 +51,37 @@ BACKENDS = {
 }
 
 
+if find_spec("triton"):
+    from nsa import kernels
+
+    BACKENDS["triton"] = Backend(
+        compressed_attention=kernels.compressed_attention,
+        select_blocks=kernels.select_blocks,
+        selected_importance=kernels.selected_importance,
+        selected_attention=kernels.selected_attention,
+        sliding_window_attention=kernels.sliding_window_attention,
+        combine=kernels.combine,
+    )
+
+
 def resolve_backend(backend: str, *, use_diff_topk: bool = False) -> str:
     """The name of the backend a module will use, decided once, at construction.
 
-    "auto" is "reference". Raises ValueError for an unknown name and for an option that the backend
-    lacks.
+    "auto" is "triton" where Triton and a CUDA device of compute capability 8.0 or newer are at
+    hand, else "reference". Raises ValueError for an unknown name, for a backend that cannot run
+    here, and for an option that the backend lacks.
     """
-    name = "reference" if backend == "auto" else backend
+    name = backend
+    if backend == "auto":
+        name = "triton" if "triton" in BACKENDS and _gpu_for_triton() else "reference"
     if name not in BACKENDS:
         raise ValueError(
             f"backend={backend!r} is unknown: choose one of auto, {', '.join(BACKENDS)}"
+        )
+    if name == "triton" and not (_gpu_for_triton() or _interpreted()):
+        raise ValueError(
+            "backend='triton' needs a CUDA device of compute capability 8.0 or newer (or "
+            "TRITON_INTERPRET=1, for tests): use backend='reference', or 'auto'"
         )
     for option, wanted in {"use_diff_topk": use_diff_topk}.items():
         if wanted and option in BACKENDS[name].lacks:
@@ -67,6 +90,14 @@ def resolve_backend(backend: str, *, use_diff_topk: bool = False) -> str:
                 f"use backend='reference' or {option}=False"
             )
     return name
+
+
+def _gpu_for_triton() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def compressed_attention(
@@ -92,20 +123,6 @@ def compressed_attention(
     return BACKENDS[backend].compressed_attention(q, k_cmp, v_cmp, cfg, mem_k, mem_v)
 
 
-def block_importance(
-    q: Float[Tensor, "B T H D"],
-    k_cmp: Float[Tensor, "B C G D"],
-    lse: Float[Tensor, "B T H"],
-    cfg: NSAConfig,
-    shared: bool = True,
-    *,
-    backend: str = "reference",
-) -> Float[Tensor, "B T X S"]:
-    """See `reference.block_importance`."""
-    _check_scores(q, k_cmp, lse, cfg)
-    return BACKENDS[backend].block_importance(q, k_cmp, lse, cfg, shared)
-
-
 def select_blocks(
     q: Float[Tensor, "B T H D"],
     k_cmp: Float[Tensor, "B C G D"],
@@ -118,6 +135,21 @@ def select_blocks(
     """See `reference.select_blocks`."""
     _check_scores(q, k_cmp, lse, cfg)
     return BACKENDS[backend].select_blocks(q, k_cmp, lse, cfg, shared)
+
+
+def selected_importance(
+    q: Float[Tensor, "B T H D"],
+    k_cmp: Float[Tensor, "B C G D"],
+    lse: Float[Tensor, "B T H"],
+    block_indices: Int[Tensor, "B T X N"],
+    cfg: NSAConfig,
+    *,
+    backend: str = "reference",
+) -> Float[Tensor, "B T X N"]:
+    """See `reference.selected_importance`."""
+    _check_scores(q, k_cmp, lse, cfg)
+    _check_indices(block_indices, q, k_cmp)
+    return BACKENDS[backend].selected_importance(q, k_cmp, lse, block_indices, cfg)
 
 
 def selected_attention(
@@ -133,15 +165,7 @@ def selected_attention(
     """See `reference.selected_attention`."""
     _check_queries_keys(q, k, v)
     _check_num_keys(q, k)
-    heads, groups = q.shape[2], k.shape[2]
-    if block_indices.dtype != torch.int32:
-        raise ValueError(f"block_indices has dtype {block_indices.dtype}: it must be torch.int32")
-    if block_indices.ndim != 4 or block_indices.shape[2] not in (groups, heads):
-        raise ValueError(
-            f"block_indices has shape {tuple(block_indices.shape)}: it must be [B, T, G, N] with "
-            f"G={groups} key/value heads, or [B, T, H, N] with H={heads} query heads"
-        )
-    _check_shape("block_indices", block_indices, (*q.shape[:2], *block_indices.shape[2:]))
+    _check_indices(block_indices, q, k)
     if block_gates is not None:
         _check_shape("block_gates", block_gates, tuple(block_indices.shape))
     return BACKENDS[backend].selected_attention(q, k, v, block_indices, cfg, block_gates)
@@ -202,6 +226,18 @@ def _check_queries_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q has {q.shape[2]} heads and k {k.shape[2]}: query heads must be a multiple of "
             f"key/value heads"
         )
+
+
+def _check_indices(block_indices: Tensor, q: Tensor, k: Tensor) -> None:
+    heads, groups = q.shape[2], k.shape[2]
+    if block_indices.dtype != torch.int32:
+        raise ValueError(f"block_indices has dtype {block_indices.dtype}: it must be torch.int32")
+    if block_indices.ndim != 4 or block_indices.shape[2] not in (groups, heads):
+        raise ValueError(
+            f"block_indices has shape {tuple(block_indices.shape)}: it must be [B, T, G, N] with "
+            f"G={groups} key/value heads, or [B, T, H, N] with H={heads} query heads"
+        )
+    _check_shape("block_indices", block_indices, (*q.shape[:2], *block_indices.shape[2:]))
 
 
 def _check_num_keys(q: Tensor, k: Tensor) -> None:

@@ -142,6 +142,20 @@ def top_blocks(importance: Float[Tensor, "B T X S"], cfg: NSAConfig) -> Int[Tens
     return F.pad(index, (0, cfg.num_selected_blocks - index.shape[-1]), value=-1)
 
 
+def selected_importance(
+    q: Float[Tensor, "B T H D"],
+    k_cmp: Float[Tensor, "B C G D"],
+    lse: Float[Tensor, "B T H"],
+    block_indices: Int[Tensor, "B T X N"],
+    cfg: NSAConfig,
+) -> Float[Tensor, "B T X N"]:
+    """`block_importance` of the chosen blocks, 0 in empty slots: what `use_diff_topk` trains."""
+    shared = block_indices.shape[2] == k_cmp.shape[2]
+    importance = block_importance(q, k_cmp, lse, cfg, shared)
+    chosen = importance.gather(-1, block_indices.long().clamp(min=0))
+    return chosen.masked_fill(block_indices < 0, 0.0)
+
+
 def selected_attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B T G D"],

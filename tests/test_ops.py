@@ -56,8 +56,8 @@ def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # names are no tensors
     calls = {
         "compressed_attention": (Q, K_CMP, K_CMP, CFG, None, None),
-        "block_importance": (Q, K_CMP, LSE, CFG, True),
         "select_blocks": (Q, K_CMP, LSE, CFG, True),
+        "selected_importance": (Q, K_CMP, LSE, INDICES, CFG),
         "selected_attention": (Q, K, K, INDICES, CFG, None),
         "sliding_window_attention": (Q, K, K, CFG),
         "combine": (torch.ones(2, 9, 4, 3), Q, Q, Q),
@@ -89,7 +89,7 @@ def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
             "mem_k has shape .1, 1, 8.: it must be .2, 1, 8.",
         ),
         (lambda: ops.select_blocks(Q, K_CMP, LSE[:1], CFG), "lse has shape .1, 9, 4.: it must be"),
-        (lambda: ops.block_importance(Q, K, LSE, CFG), "k_cmp has 9 compressed blocks"),
+        (lambda: ops.selected_importance(Q, K, LSE, INDICES, CFG), "k_cmp has 9 compressed blocks"),
         (lambda: ops.selected_attention(Q, K, K, INDICES.long(), CFG), "it must be torch.int32"),
         (
             lambda: ops.selected_attention(Q, K, K, INDICES.repeat(1, 1, 4, 1), CFG),

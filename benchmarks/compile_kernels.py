@@ -1,0 +1,155 @@
+"""Compile every kernel for a GPU that need not be here, and say what each one costs.
+
+    python -m benchmarks.compile_kernels --arch 90 --heads 64/4 --dim 128
+
+Launchers run on CPU tensors with the launch replaced by a compilation, so what is compiled is what
+would be launched, tile table and all. Columns: registers a thread, bytes spilled to local memory,
+bytes of shared memory, and the matrix instruction. Must run without TRITON_INTERPRET.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import nsa.kernels as kernels
+from nsa.config import NSAConfig
+from nsa.kernels import selected
+
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+MATRIX = r"(?<=wgmma\.mma_async\.sync\.aligned\.)m\d+n\d+k\d+|(?<!a\.)\bmma\.sync"
+OPTIONS = ("num_warps", "num_stages")
+
+
+def compile_instead(arch: int, seen: set, report) -> None:
+    """Replace launching by compiling for sm_<arch>; each distinct program once."""
+
+    def run(self, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        source = as_source(self, values)
+        key = (self.__name__, str(source.signature), str(source.constants), str(options))
+        if key not in seen:
+            seen.add(key)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            report(self.__name__, values, options, compiled)
+
+    JITFunction.run = run
+
+
+def as_source(kernel: JITFunction, values: dict) -> ASTSource:
+    """The kernel specialised as a launch would specialise it."""
+    signature, constants, aligned = {}, {}, {}
+    for position, param in enumerate(kernel.params):
+        value = values[param.name]
+        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[param.name] = POINTERS[value.dtype]
+            aligned[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "i32" if isinstance(value, int) else "fp32"
+            if isinstance(value, int) and value % 16 == 0:
+                aligned[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, aligned)
+
+
+def resources(compiled) -> tuple[int, int]:
+    """Registers a thread and bytes of stack (spills), as the assembler counted them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
+
+
+def exercise(
+    B: int, T: int, H: int, G: int, D: int, DV: int, dtype: torch.dtype, cfg: NSAConfig
+) -> None:
+    """Launch every kernel, forward and backward, on tensors that nobody computes."""
+    C = (T - cfg.compress_block_size) // cfg.compress_block_sliding_stride + 1
+
+    def new(*shape: int) -> Tensor:
+        return torch.ones(*shape, dtype=dtype, requires_grad=True)
+
+    q, k, v = new(B, T, H, D), new(B, T, G, D), new(B, T, G, DV)
+    k_cmp, v_cmp = new(B, C, G, D), new(B, C, G, DV)
+    out_cmp, lse = kernels.compressed_attention(q, k_cmp, v_cmp, cfg)
+    out_win = kernels.sliding_window_attention(q, k, v, cfg)
+    indices = kernels.select_blocks(q, k_cmp, lse, cfg)
+    indices = torch.zeros_like(indices)
+    gates = kernels.selected_importance(q, k_cmp, lse, indices, cfg)
+    out = torch.zeros_like(out_win)
+    for tiles in (True, False):
+        selected.prefers_tiles = lambda num_tokens, cfg, tiles=tiles: tiles
+        out_slc = kernels.selected_attention(q, k, v, indices, cfg, None if tiles else gates)
+        out = out + kernels.combine(new(B, T, H, 3), out_cmp, out_slc, out_win)
+    out.sum().backward()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--heads", default="64/4")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--value-dim", type=int)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--sizes", default="32/16/64/16/512", help="l/d/l'/n/w")
+    parser.add_argument("--acyclic", action="store_true", help="causal=False")
+    args = parser.parse_args(argv)
+    size, d, block, n, w = map(int, args.sizes.split("/"))
+    cfg = NSAConfig(
+        compress_block_size=size, compress_block_sliding_stride=d, selection_block_size=block,
+        num_selected_blocks=n, sliding_window_size=w, causal=not args.acyclic,
+    )  # fmt: skip
+    worst = 0
+
+    def report(name, values, options, compiled):
+        nonlocal worst
+        registers, stack = resources(compiled)
+        matrix = set(
+            re.findall(
+                r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)|(mma\.sync)", compiled.asm["ptx"]
+            )
+        )
+        matrix = " ".join(sorted({a or b for a, b in matrix}))
+        rule = values.get("RULE", "")
+        shared = compiled.metadata.shared
+        worst = max(worst, shared)
+        print(
+            f"{name:22s}{rule:8s} warps {options.get('num_warps')} registers {registers:3d} "
+            f"stack {stack:5d} shared {shared:6d} {matrix}",
+            flush=True,
+        )
+
+    H, G = map(int, args.heads.split("/"))
+    compile_instead(args.arch, set(), report)
+    dtype = getattr(torch, args.dtype)
+    exercise(1, args.tokens, H, G, args.dim, args.value_dim or args.dim, dtype, cfg)
+    limit = {80: 163, 86: 99, 89: 99, 90: 227}[args.arch] * 1024
+    print(f"largest shared memory {worst} of {limit} bytes")
+    return int(worst > limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

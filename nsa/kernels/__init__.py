@@ -1,0 +1,21 @@
+"""Triton kernels for every operation, with the signatures of `nsa.reference`.
+
+Importing this package needs Triton. Kernels run on CUDA devices, and on a CPU in Triton's
+interpreter (TRITON_INTERPRET=1, float32).
+"""
+
+from nsa.kernels.combine import combine
+from nsa.kernels.compressed import compressed_attention
+from nsa.kernels.gathered import selected_importance
+from nsa.kernels.importance import select_blocks
+from nsa.kernels.selected import selected_attention
+from nsa.kernels.window import sliding_window_attention
+
+__all__ = [
+    "combine",
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "selected_importance",
+    "sliding_window_attention",
+]

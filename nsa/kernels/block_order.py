@@ -1,0 +1,229 @@
+"""Selected attention with the block in the outer loop.
+
+Each selection block is loaded once a work item and meets the queries that keep it, so K and V are
+read once a list instead of once a query. An item writes its partial result into its slots, and a
+second kernel merges the slots of a token by lse. Slots are many, so tokens are taken in chunks
+whose partial results are bounded (lists.py). Nothing is added atomically: one program at a time
+sums a block's dK and dV, in the order of its items.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from nsa.kernels.lists import find_item
+from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, store_rows
+
+
+@triton.jit
+@no_type_check
+def block_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, slots_ptr, starts_ptr, ends_ptr, item_lists_ptr, part_ptr, part_lse_ptr,
+    T, num_blocks, num_lists, t_base, chunk_tokens, scale,
+    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    ITEM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One work item: a selection block against a run of the query rows that keep it."""
+    chunk = t_base // chunk_tokens
+    starts_ptr += chunk * num_lists
+    ends_ptr += chunk * num_lists
+    item_lists_ptr += chunk * tl.num_programs(0)
+    if tl.load(item_lists_ptr + tl.program_id(0)) >= num_lists:
+        return
+    R: tl.constexpr = H // J
+    lst, _, _, lo, hi = find_item(item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM)
+    block, bj = lst % num_blocks, (lst // num_blocks).to(tl.int64)
+    b, j = bj // J, bj % J
+    offs_s = block * LENGTH + tl.arange(0, KEYS)
+    end = tl.minimum((block + 1) * LENGTH, T)
+    key_rows = (b * T + offs_s) * G + j // (J // G)
+    k = load_rows(k_ptr, key_rows, offs_s < end, D, BLOCK_D)  # [KEYS, BLOCK_D]
+    v = load_rows(v_ptr, key_rows, offs_s < end, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+    for i0 in range(0, (hi - lo) * R, ROWS):
+        offs_i = i0 + tl.arange(0, ROWS)
+        live = offs_i < (hi - lo) * R
+        slot = tl.load(slots_ptr + lo + offs_i // R, mask=live, other=0)
+        token = (slot // (J * N)).to(tl.int64)  # b * T + t
+        t = token - b * T
+        q = load_rows(q_ptr, token * H + j * R + offs_i % R, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [ROWS, KEYS]
+        seen = tl.broadcast_to((offs_s < end)[None, :], [ROWS, KEYS])
+        if CAUSAL:
+            seen = seen & (offs_s[None, :] <= t[:, None])
+        s = tl.where(seen, s, float("-inf"))
+        m = finite(tl.max(s, 1))
+        p = tl.exp2(s - m[:, None])
+        norm = tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        local = (b * chunk_tokens + t - t_base) * (J * N) + slot % (J * N)
+        part = local * R + offs_i % R
+        store_rows(part_ptr, part, live, out / tl.where(norm > 0, norm, 1.0)[:, None], DV, BLOCK_DV)
+        lse2 = tl.where(norm > 0, m + tl.log2(tl.where(norm > 0, norm, 1.0)), float("-inf"))
+        tl.store(part_lse_ptr + part, lse2, mask=live)
+
+
+@triton.jit
+@no_type_check
+def merge_kernel(
+    part_ptr, part_lse_ptr, indices_ptr, out_ptr, lse_ptr, T, t_base, chunk_tokens,
+    H: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS packed rows of one index head: their slots' partial outputs, weighted by lse."""
+    R: tl.constexpr = H // J
+    tokens = tl.minimum(chunk_tokens, T - t_base)
+    num_tiles = tl.cdiv(tokens * R, ROWS)
+    bj = (tl.program_id(0) // num_tiles).to(tl.int64)
+    b, j = bj // J, bj % J
+    offs_i = tl.program_id(0) % num_tiles * ROWS + tl.arange(0, ROWS)
+    live = offs_i < tokens * R
+    t = t_base + offs_i // R
+    slots = ((b * T + t) * J + j) * N
+    parts = ((b * chunk_tokens + offs_i // R) * J + j) * N * R + offs_i % R
+
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    for n in range(N):
+        kept = tl.load(indices_ptr + slots + n, mask=live, other=-1) >= 0
+        lse2 = tl.load(part_lse_ptr + parts + n * R, mask=kept, other=float("-inf"))
+        m = tl.maximum(m, lse2)
+    norm = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    for n in range(N):
+        kept = tl.load(indices_ptr + slots + n, mask=live, other=-1) >= 0
+        lse2 = tl.load(part_lse_ptr + parts + n * R, mask=kept, other=float("-inf"))
+        weight = tl.exp2(lse2 - finite(m))
+        part = load_rows(part_ptr, parts + n * R, kept, DV, BLOCK_DV)
+        acc += weight[:, None] * part.to(tl.float32)
+        norm += weight
+    norm = tl.where(norm > 0, norm, 1.0)
+    rows = (b * T + t) * H + j * R + offs_i % R
+    store_rows(out_ptr, rows, live, acc / norm[:, None], DV, BLOCK_DV)
+    tl.store(lse_ptr + rows, (m + tl.log2(norm)) * LN2, mask=live)
+
+
+@triton.jit
+@no_type_check
+def block_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    slots_ptr, starts_ptr, ends_ptr, item_lists_ptr, shared_ends_ptr,
+    part_dq_ptr, part_dgate_ptr, part_dk_ptr, part_dv_ptr, dk_ptr, dv_ptr,
+    T, num_blocks, num_lists, t_base, chunk_tokens, scale,
+    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
+    GATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One work item: dQ (and the gate's gradient) into its slots; dK and dV of its block.
+
+    A list of one item adds to dk and dv itself; the items of a longer one write partial sums.
+    """
+    chunk = t_base // chunk_tokens
+    starts_ptr += chunk * num_lists
+    ends_ptr += chunk * num_lists
+    shared_ends_ptr += chunk * num_lists
+    item_lists_ptr += chunk * tl.num_programs(0)
+    if tl.load(item_lists_ptr + tl.program_id(0)) >= num_lists:
+        return
+    R: tl.constexpr = H // J
+    lst, place, count, lo, hi = find_item(
+        item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM
+    )
+    block, bj = lst % num_blocks, (lst // num_blocks).to(tl.int64)
+    b, j = bj // J, bj % J
+    offs_s = block * LENGTH + tl.arange(0, KEYS)
+    end = tl.minimum((block + 1) * LENGTH, T)
+    key_rows = (b * T + offs_s) * G + j // (J // G)
+    k = load_rows(k_ptr, key_rows, offs_s < end, D, BLOCK_D)  # [KEYS, BLOCK_D]
+    v = load_rows(v_ptr, key_rows, offs_s < end, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    for i0 in range(0, (hi - lo) * R, ROWS):
+        offs_i = i0 + tl.arange(0, ROWS)
+        live = offs_i < (hi - lo) * R
+        slot = tl.load(slots_ptr + lo + offs_i // R, mask=live, other=0)
+        token = (slot // (J * N)).to(tl.int64)
+        t = token - b * T
+        rows = token * H + j * R + offs_i % R
+        q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
+        dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
+        lse2 = load_lse2(lse_ptr, rows, live)
+        delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [KEYS, ROWS]
+        seen = tl.broadcast_to((offs_s < end)[:, None], [KEYS, ROWS])
+        if CAUSAL:
+            seen = seen & (offs_s[:, None] <= t[None, :])
+        p = tl.where(seen, tl.exp2(s - lse2[None, :]), 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        local = (b * chunk_tokens + t - t_base) * (J * N) + slot % (J * N)
+        part = local * R + offs_i % R
+        if GATES:
+            tl.store(part_dgate_ptr + part, tl.sum(ds * s, 0) * LN2, mask=live)
+        ds = ds.to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+        store_rows(part_dq_ptr, part, live, dq * scale, D, BLOCK_D)
+    sums = (b * T + offs_s) * J + j  # rows of dk and dv
+    if count == 1:
+        dk = dk * scale + load_rows(dk_ptr, sums, offs_s < end, D, BLOCK_D)
+        dv += load_rows(dv_ptr, sums, offs_s < end, DV, BLOCK_DV)
+        store_rows(dk_ptr, sums, offs_s < end, dk, D, BLOCK_D)
+        store_rows(dv_ptr, sums, offs_s < end, dv, DV, BLOCK_DV)
+    else:
+        part_block = (tl.load(shared_ends_ptr + lst) - count + place).to(tl.int64)
+        part_rows = part_block * LENGTH + tl.arange(0, KEYS)
+        store_rows(part_dk_ptr, part_rows, offs_s < end, dk * scale, D, BLOCK_D)
+        store_rows(part_dv_ptr, part_rows, offs_s < end, dv, DV, BLOCK_DV)
+
+
+@triton.jit
+@no_type_check
+def sum_items_kernel(
+    part_ptr, sum_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, t_base, chunk_tokens,
+    J: tl.constexpr, D: tl.constexpr, LENGTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """One list cut into several items: their partial dK (or dV), in order, onto its block's."""
+    lst = tl.program_id(0)
+    ends_ptr += t_base // chunk_tokens * tl.num_programs(0)
+    shared_ends_ptr += t_base // chunk_tokens * tl.num_programs(0)
+    count = tl.load(ends_ptr + lst) - tl.load(ends_ptr + lst - 1, mask=lst > 0, other=0)
+    if count <= 1:
+        return
+    block, bj = lst % num_blocks, (lst // num_blocks).to(tl.int64)
+    keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    live = (keys < LENGTH) & (block * LENGTH + keys < T)
+    rows = (bj // J * T + block * LENGTH + keys) * J + bj % J
+    acc = load_rows(sum_ptr, rows, live, D, BLOCK_D)
+    for place in range(count):
+        part_block = (tl.load(shared_ends_ptr + lst) - count + place).to(tl.int64)
+        acc += load_rows(part_ptr, part_block * LENGTH + keys, live, D, BLOCK_D)
+    store_rows(sum_ptr, rows, live, acc, D, BLOCK_D)
+
+
+@triton.jit
+@no_type_check
+def sum_slots_kernel(
+    part_ptr, indices_ptr, dq_ptr, T, t_base, chunk_tokens,
+    H: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS packed rows of one index head: dQ is the sum over their slots."""
+    R: tl.constexpr = H // J
+    tokens = tl.minimum(chunk_tokens, T - t_base)
+    num_tiles = tl.cdiv(tokens * R, ROWS)
+    bj = (tl.program_id(0) // num_tiles).to(tl.int64)
+    b, j = bj // J, bj % J
+    offs_i = tl.program_id(0) % num_tiles * ROWS + tl.arange(0, ROWS)
+    live = offs_i < tokens * R
+    t = t_base + offs_i // R
+    parts = ((b * chunk_tokens + offs_i // R) * J + j) * N * R + offs_i % R
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for n in range(N):
+        kept = tl.load(indices_ptr + ((b * T + t) * J + j) * N + n, mask=live, other=-1) >= 0
+        acc += load_rows(part_ptr, parts + n * R, kept, D, BLOCK_D).to(tl.float32)
+    store_rows(dq_ptr, (b * T + t) * H + j * R + offs_i % R, live, acc, D, BLOCK_D)

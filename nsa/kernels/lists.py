@@ -1,0 +1,148 @@
+"""Who keeps which block: a bit for every block of a token, or a list of slots for every block.
+
+A slot (b, t, j, n) of block_indices names block block_indices[b, t, j, n]. Sorting the slots by
+block, stably, gives every block the list of its slots, in the order of their tokens. Long lists
+(block 0 is in everyone's) are cut into items of bounded length. All sizes follow from shapes, so
+nothing waits for the host.
+"""
+
+# pyright: reportCallIssue=false
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.kernels.primitives import cdiv, power_of_2
+
+PARTIAL_BYTES = (2**28, 2**30)  # partial results of a chunk of tokens: least and most
+ITEM_ROWS = 4096  # packed rows of one work item, about
+
+
+@triton.jit
+@no_type_check
+def membership_kernel(
+    indices_ptr, words_ptr, T, num_words,
+    J: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """TOKENS tokens of one index head: words [B, J, W, T] of a bit per kept block."""
+    num_tiles = tl.cdiv(T, TOKENS)
+    bj = (tl.program_id(0) // num_tiles).to(tl.int64)
+    t = tl.program_id(0) % num_tiles * TOKENS + tl.arange(0, TOKENS)
+    live = t < T
+    n = tl.arange(0, BLOCK_N)[None, :]
+    slots = ((bj // J * T + t)[:, None] * J + bj % J) * N + n
+    block = tl.load(indices_ptr + slots, mask=live[:, None] & (n < N), other=-1)
+    for w in range(num_words):
+        bits = tl.where((block >= 0) & (block // 32 == w), 1 << (block & 31), 0)
+        tl.store(words_ptr + (bj * num_words + w) * T + t, tl.xor_sum(bits, 1), mask=live)
+
+
+@triton.jit
+@no_type_check
+def list_key_kernel(
+    indices_ptr, keys_ptr, num_slots, T, num_blocks, batch, chunk_tokens, last,
+    J: tl.constexpr, N: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """SLOTS slots: the list each belongs to, ((chunk, b, j), block); `last` for empty ones."""
+    slot = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
+    block = tl.load(indices_ptr + slot, mask=slot < num_slots, other=-1)
+    token = slot // (J * N)
+    b, t, j = token // T, token % T, slot // N % J
+    key = (((t // chunk_tokens) * batch + b) * J + j) * num_blocks + block
+    tl.store(keys_ptr + slot, tl.where(block >= 0, key, last).to(tl.int32), mask=slot < num_slots)
+
+
+@triton.jit
+@no_type_check
+def find_item(item_lists_ptr, ends_ptr, starts_ptr, item, ITEM: tl.constexpr):
+    """The list of a work item, its place among that list's items, their number, its slots."""
+    lst = tl.load(item_lists_ptr + item)
+    before = tl.load(ends_ptr + lst - 1, mask=lst > 0, other=0)
+    place = item - before
+    count = tl.load(ends_ptr + lst) - before
+    lo = tl.load(starts_ptr + lst) + place * ITEM
+    hi = tl.minimum(lo + ITEM, tl.load(starts_ptr + lst + 1))
+    return lst, place, count, lo, hi
+
+
+class Plan(NamedTuple):
+    """How the block order cuts its work; a function of shapes alone."""
+
+    chunk_tokens: int
+    chunks: int
+    lists: int  # a chunk's: batch x index heads x selection blocks
+    item: int  # slots of a work item, at most
+    items: int  # a chunk's work items, at most
+    shared: int  # of these, items of lists that have several, at most
+
+
+def plan_work(q: Tensor, block_indices: Tensor, length: int, width: int) -> Plan:
+    B, T, J, N = block_indices.shape
+    H = q.shape[2]
+    if B * T * J * N >= 2**31:
+        raise ValueError(
+            f"{B} x {T} tokens x {J} heads x {N} selected blocks are 2**31 slots or more: "
+            "use a smaller micro-batch"
+        )
+    least, most = PARTIAL_BYTES
+    budget = min(max(4 * q.numel() * q.element_size(), least), most)
+    fitting = max(64, budget // (B * H * N * width * q.element_size()))
+    chunks = cdiv(T, fitting)
+    chunk_tokens = cdiv(cdiv(T, chunks), 64) * 64
+    chunks = cdiv(T, chunk_tokens)
+    lists, slots = B * J * cdiv(T, length), B * min(chunk_tokens, T) * J * N
+    item = max(64, ITEM_ROWS * J // H)
+    return Plan(
+        chunk_tokens, chunks, lists, item, min(lists, slots) + slots // item, 2 * slots // item + 1
+    )
+
+
+def sort_slots(block_indices: Tensor, plan: Plan, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Slots [B*T*J*N] int32 in the order of their lists; where each list starts, int32."""
+    B, T, J, N = block_indices.shape
+    last = plan.chunks * plan.lists
+    keys = torch.empty(block_indices.numel(), dtype=torch.int32, device=block_indices.device)
+    list_key_kernel[(cdiv(keys.numel(), 1024),)](
+        block_indices, keys, keys.numel(), T, num_blocks, B, plan.chunk_tokens, last,
+        J=J, N=N, SLOTS=1024, num_warps=4,
+    )  # fmt: skip
+    keys, slots = torch.sort(keys, stable=True)
+    lists = torch.arange(last + 1, dtype=torch.int32, device=keys.device)
+    return slots.int(), torch.searchsorted(keys, lists, out_int32=True)
+
+
+def cut_items(starts: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each chunk [chunks, ...]: where each list's items end, the list of each item (at least
+    `lists` where there is no more), and where the items end if only shared lists are counted."""
+    counts = starts.diff().view(plan.chunks, plan.lists)
+    items = (counts + plan.item - 1) // plan.item
+    ends = items.cumsum(-1, dtype=torch.int32)
+    numbers = torch.arange(plan.items, dtype=torch.int32, device=starts.device)
+    numbers = numbers.expand(plan.chunks, -1).contiguous()
+    item_lists = torch.searchsorted(ends, numbers, right=True, out_int32=True)
+    shared_ends = items.masked_fill(items <= 1, 0).cumsum(-1, dtype=torch.int32)
+    return ends, item_lists, shared_ends
+
+
+@torch.library.custom_op("nsa::membership", mutates_args=())
+def membership(block_indices: Tensor, num_words: int) -> Tensor:
+    """Words [B, J, num_words, T]: a bit for every block a token keeps."""
+    B, T, J, N = block_indices.shape
+    words = torch.zeros(B, J, num_words, T, dtype=torch.int32, device=block_indices.device)
+    if N > 0:
+        tokens = max(1, 2048 // power_of_2(N))
+        with torch.cuda.device_of(words):
+            membership_kernel[(cdiv(T, tokens) * B * J,)](
+                block_indices.contiguous(), words, T, num_words,
+                J=J, N=N, BLOCK_N=power_of_2(N), TOKENS=tokens, num_warps=4,
+            )  # fmt: skip
+    return words
+
+
+@membership.register_fake
+def _(block_indices, num_words):
+    B, T, J, _ = block_indices.shape
+    return block_indices.new_empty(B, J, num_words, T, dtype=torch.int32)

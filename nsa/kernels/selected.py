@@ -1,0 +1,75 @@
+"""Selected attention (eq. 12) in two loop orders.
+
+Tiles (tiles.py, rule "bits"): a tile of neighbouring queries passes over every key so far and masks
+by a bit. Best where the tile's queries together keep most of what is visible: short sequences.
+
+Blocks (block_order.py): each selection block is loaded once and meets the queries that keep it.
+Best where a query keeps little of what it sees.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels.attend import attend
+from nsa.kernels.attend_blocks import attend_blocks
+from nsa.kernels.lists import membership
+from nsa.kernels.primitives import cdiv, padded, same_dtype
+
+
+def longest_block(dtype: torch.dtype, D: int, DV: int) -> int:
+    """Tokens of a selection block that a program holds at once."""
+    wide = max(padded(D), padded(DV))
+    if dtype.itemsize == 4:
+        return 64 if wide <= 64 else 32 if wide <= 128 else 16
+    return 128 if wide <= 128 else 64
+
+
+def split_blocks(
+    block_indices: Tensor, length: int, longest: int, num_tokens: int
+) -> tuple[Tensor, int]:
+    """The same tokens as blocks of at most `longest`: each index becomes its parts' indices."""
+    parts = next(n for n in range(1, length + 1) if length % n == 0 and length // n <= longest)
+    if parts == 1:
+        return block_indices.contiguous(), length
+    part = torch.arange(parts, dtype=torch.int32, device=block_indices.device)
+    fine = block_indices[..., None] * parts + part
+    beyond = fine >= cdiv(num_tokens, length // parts)
+    fine = fine.masked_fill((block_indices[..., None] < 0) | beyond, -1)
+    return fine.flatten(-2), length // parts
+
+
+def prefers_tiles(num_tokens: int, cfg: NSAConfig) -> bool:
+    """Whether a tile's queries keep so much of what they see that passing over all of it is best.
+
+    Blocks shorter than 32 tokens are poor tiles of their own, so they give up later.
+    """
+    reach = 4 if cfg.selection_block_size >= 32 else 16
+    return num_tokens <= max(2048, reach * cfg.num_selected_blocks * cfg.selection_block_size)
+
+
+def selected_attention(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T G D"],
+    v: Float[Tensor, "B T G Dv"],
+    block_indices: Int[Tensor, "B T X N"],
+    cfg: NSAConfig,
+    block_gates: Float[Tensor, "B T X N"] | None = None,
+) -> Float[Tensor, "B T H Dv"]:
+    """Attention over the tokens of the selected blocks; X is G, or H: a list a query head.
+
+    A token's indices are distinct. block_gates are straight-through: taken to be 1, they get the
+    gradient of a factor on the scores of their block's tokens.
+    """
+    q, k, v = same_dtype(q, k, v)
+    num_tokens, length = q.shape[1], cfg.selection_block_size
+    block_indices = block_indices.int()
+    if block_indices.shape[-1] == 0 or (block_gates is None and prefers_tiles(num_tokens, cfg)):
+        words = membership(block_indices, cdiv(cdiv(num_tokens, length), 32))
+        return attend(q, k, v, words, "bits", cfg.causal, length, 1, 0)[0]
+    longest = longest_block(q.dtype, q.shape[3], v.shape[3])
+    fine, part = split_blocks(block_indices, length, longest, num_tokens)
+    if block_gates is not None:
+        block_gates = block_gates.repeat_interleave(length // part, dim=-1)
+    return attend_blocks(q, k, v, fine, block_gates, part, cfg.causal)[0]

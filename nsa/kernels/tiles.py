@@ -1,0 +1,249 @@
+"""Flash attention of query tiles over the keys a rule shows: one forward, one backward.
+
+Three branches differ only in which keys a token sees. `seen_keys` gives each token one interval
+[first, end) of keys, growing with the token, so a tile knows which key tiles to visit and which of
+them need a mask:
+
+    prefix  compressed attention: memory keys, then every compressed block that has ended
+    band    sliding window: the last w tokens
+    bits    selected attention: all tokens so far, and a bit for every selection block
+
+"bits" reads words [B, J, W, T]: bit s % 32 of word s // 32 says that the token keeps block s.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, store_rows
+
+
+@triton.jit
+@no_type_check
+def seen_keys(
+    t, num_keys,
+    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
+):  # fmt: skip
+    """The interval [first, end) of keys that token t may see; both ends grow with t."""
+    first = t * 0
+    end = t * 0 + num_keys
+    if RULE == "band":
+        first = tl.maximum(t - SPAN + 1, 0)
+    if CAUSAL:
+        end = t + 1
+        if RULE == "prefix":
+            end = MEMORY + tl.maximum(t + 1 - SPAN + STRIDE, 0) // STRIDE
+    elif RULE == "band":
+        end = t + SPAN
+    return first, tl.minimum(end, num_keys)
+
+
+@triton.jit
+@no_type_check
+def seeing_tokens(
+    s_lo, s_hi, T,
+    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
+):  # fmt: skip
+    """The interval [first, end) of tokens that may see any of the keys s_lo ... s_hi."""
+    first = s_lo * 0
+    end = s_lo * 0 + T
+    if RULE == "band":
+        end = tl.minimum(s_hi + SPAN, T)
+    if CAUSAL:
+        first = s_lo
+        if RULE == "prefix":
+            ended = (s_lo - MEMORY) * STRIDE + SPAN - 1  # the token that ends block s_lo
+            first = tl.where(s_lo < MEMORY, 0, ended)
+    elif RULE == "band":
+        first = tl.maximum(s_lo - SPAN + 1, 0)
+    return first, end
+
+
+@triton.jit
+@no_type_check
+def word_row(words_ptr, bj, num_words, T, s0, SPAN: tl.constexpr):
+    """Where the words that hold the blocks of key tile s0 begin: one for each token."""
+    return words_ptr + (bj * num_words + s0 // SPAN // 32) * T
+
+
+@triton.jit
+@no_type_check
+def has_bit(word, offs_s, SPAN: tl.constexpr):
+    return ((word >> (offs_s // SPAN % 32)) & 1) != 0
+
+
+@triton.jit
+@no_type_check
+def attend_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, words_ptr, out_ptr, lse_ptr, T, num_keys, num_words, scale,
+    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS packed query rows of one index head pass over the key tiles they see."""
+    R: tl.constexpr = H // J
+    num_tiles = tl.cdiv(T * R, ROWS)
+    tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest first
+    bj = (tl.program_id(0) // num_tiles).to(tl.int64)
+    b, j = bj // J, bj % J
+    g = j // (J // G)
+
+    offs_i = tile * ROWS + tl.arange(0, ROWS)
+    live = offs_i < T * R
+    t = offs_i // R
+    rows = (b * T + t) * H + j * R + offs_i % R
+    q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
+    t_lo = tile * ROWS // R
+    t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
+    first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+    s_lo, full_hi = seen_keys(t_lo, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+    full_lo, s_hi = seen_keys(t_hi, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    norm = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    for s0 in range(s_lo, s_hi, KEYS):
+        offs_s = s0 + tl.arange(0, KEYS)
+        key_rows = (b * num_keys + offs_s) * G + g
+        k = load_rows(k_ptr, key_rows, offs_s < num_keys, D, BLOCK_D)  # [KEYS, BLOCK_D]
+        v = load_rows(v_ptr, key_rows, offs_s < num_keys, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [ROWS, KEYS]
+        if (s0 < full_lo) | (s0 + KEYS > full_hi):
+            seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        if RULE == "bits":
+            word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
+            s = tl.where(has_bit(word[:, None], offs_s[None, :], SPAN), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - finite(m_new)[:, None])
+        alpha = tl.exp2(m - finite(m_new))
+        norm = norm * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    norm = tl.where(norm > 0, norm, 1.0)  # a row that saw nothing: out 0, m and lse -inf
+    store_rows(out_ptr, rows, live, acc / norm[:, None], DV, BLOCK_DV)
+    tl.store(lse_ptr + rows, (m + tl.log2(norm)) * LN2, mask=live)
+
+
+@triton.jit
+@no_type_check
+def attend_dq_kernel(
+    q_ptr, k_ptr, v_ptr, words_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    T, num_keys, num_words, scale,
+    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The query gradient of ROWS packed rows: the forward's pass again, with dS for P."""
+    R: tl.constexpr = H // J
+    num_tiles = tl.cdiv(T * R, ROWS)
+    tile = num_tiles - 1 - tl.program_id(0) % num_tiles
+    bj = (tl.program_id(0) // num_tiles).to(tl.int64)
+    b, j = bj // J, bj % J
+    g = j // (J // G)
+
+    offs_i = tile * ROWS + tl.arange(0, ROWS)
+    live = offs_i < T * R
+    t = offs_i // R
+    rows = (b * T + t) * H + j * R + offs_i % R
+    q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
+    dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
+    lse2 = load_lse2(lse_ptr, rows, live)
+    delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+    t_lo = tile * ROWS // R
+    t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
+    first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+    s_lo, full_hi = seen_keys(t_lo, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+    full_lo, s_hi = seen_keys(t_hi, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+
+    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for s0 in range(s_lo, s_hi, KEYS):
+        offs_s = s0 + tl.arange(0, KEYS)
+        key_rows = (b * num_keys + offs_s) * G + g
+        k = load_rows(k_ptr, key_rows, offs_s < num_keys, D, BLOCK_D)  # [KEYS, BLOCK_D]
+        v = load_rows(v_ptr, key_rows, offs_s < num_keys, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        p = tl.exp2(s - lse2[:, None])  # [ROWS, KEYS]
+        if (s0 < full_lo) | (s0 + KEYS > full_hi):
+            seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
+            p = tl.where(seen, p, 0.0)
+        if RULE == "bits":
+            word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
+            p = tl.where(has_bit(word[:, None], offs_s[None, :], SPAN), p, 0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    store_rows(dq_ptr, rows, live, dq * scale, D, BLOCK_D)
+
+
+@triton.jit
+@no_type_check
+def attend_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, words_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    T, num_keys, num_words, batch, scale,
+    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of KEYS keys from one of SPLITS runs of the query rows that see them.
+
+    dk and dv are [SPLITS, B, num_keys, J, D]; whoever launches this sums them in a fixed order.
+    """
+    R: tl.constexpr = H // J
+    num_tiles = tl.cdiv(num_keys, KEYS)
+    split = tl.program_id(0) % SPLITS
+    tile = tl.program_id(0) // SPLITS % num_tiles
+    bj = (tl.program_id(0) // SPLITS // num_tiles).to(tl.int64)
+    b, j = bj // J, bj % J
+    g = j // (J // G)
+
+    s0 = tile * KEYS
+    offs_s = s0 + tl.arange(0, KEYS)
+    live_s = offs_s < num_keys
+    key_rows = (b * num_keys + offs_s) * G + g
+    k = load_rows(k_ptr, key_rows, live_s, D, BLOCK_D)  # [KEYS, BLOCK_D]
+    v = load_rows(v_ptr, key_rows, live_s, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+    s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
+    t_lo, t_hi = seeing_tokens(s0, s_hi, T, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+    run = tl.cdiv(tl.cdiv(tl.maximum(t_hi - t_lo, 0) * R, ROWS), SPLITS) * ROWS
+    i_lo = t_lo * R + split * run
+    i_hi = tl.minimum(i_lo + run, t_hi * R)
+
+    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    for i0 in range(i_lo, i_hi, ROWS):
+        offs_i = i0 + tl.arange(0, ROWS)
+        live = offs_i < i_hi
+        t = offs_i // R
+        rows = (b * T + t) * H + j * R + offs_i % R
+        q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
+        dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
+        lse2 = load_lse2(lse_ptr, rows, live)
+        delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        p = tl.exp2(s - lse2[None, :])  # [KEYS, ROWS]
+        _, full_hi = seen_keys(i0 // R, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+        full_lo, _ = seen_keys((i0 + ROWS - 1) // R, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+        if (s0 < full_lo) | (s0 + KEYS > full_hi):
+            first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+            seen = (offs_s[:, None] >= first[None, :]) & (offs_s[:, None] < end[None, :])
+            p = tl.where(seen, p, 0.0)
+        if RULE == "bits":
+            word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
+            p = tl.where(has_bit(word[None, :], offs_s[:, None], SPAN), p, 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+    part_rows = ((split.to(tl.int64) * batch + b) * num_keys + offs_s) * J + j
+    store_rows(dk_ptr, part_rows, live_s, dk * scale, D, BLOCK_D)
+    store_rows(dv_ptr, part_rows, live_s, dv, DV, BLOCK_DV)

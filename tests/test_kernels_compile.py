@@ -1,0 +1,71 @@
+"""Every kernel compiles for GPUs that are not here, and custom ops behave under torch.compile."""
+
+import os
+import subprocess
+import sys
+
+import jaxtyping
+import pytest
+import torch
+from kernels_judge import DEVICE
+from torch.utils.checkpoint import checkpoint
+
+from nsa import kernels
+from nsa.config import NSAConfig
+
+CFG = NSAConfig(
+    sliding_window_size=8, compress_block_size=8, compress_block_sliding_stride=4,
+    selection_block_size=16, num_selected_blocks=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["--arch 90 --dim 128", "--arch 80 --dim 64 --heads 8/2"])
+def test_kernels_compile(target, tmp_path):
+    """In a process without the interpreter: an interpreted function can't be compiled."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compile_kernels", *target.split()]
+    run = subprocess.run(
+        command, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "attend_dkv_kernel" in run.stdout and "block_bwd_kernel" in run.stdout
+
+
+def layer(q, k, v, k_cmp, v_cmp, gates):
+    compressed, lse = kernels.compressed_attention(q, k_cmp, v_cmp, CFG)
+    indices = kernels.select_blocks(q, k_cmp, lse, CFG)
+    importance = kernels.selected_importance(q, k_cmp, lse, indices, CFG)
+    straight = 1 + importance - importance.detach()
+    chosen = kernels.selected_attention(q, k, v, indices, CFG, straight)
+    sliding = kernels.sliding_window_attention(q, k, v, CFG)
+    return kernels.combine(gates, compressed, chosen, sliding)
+
+
+def inputs() -> list[torch.Tensor]:
+    shapes = [(1, 20, 2, 16), *[(1, 20, 1, 16)] * 2, *[(1, 4, 1, 16)] * 2, (1, 20, 2, 3)]
+    return [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in shapes]
+
+
+def test_whole_graph_and_checkpointing(monkeypatch):
+    """torch.compile sees one graph, checkpointing recomputes it: same values, same gradients."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its wrappers don't trace
+    x = inputs()
+    want = layer(*x)
+    grads = torch.autograd.grad(want.square().sum(), x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for run in (compiled, lambda *x: checkpoint(layer, *x, use_reentrant=False)):
+        got = run(*x)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(torch.autograd.grad(got.square().sum(), x), grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast_decides_the_dtype():
+    """Under autocast float32 queries meet 16-bit keys, as after a norm or a rotation."""
+    q, k, v, *_ = (x.detach() for x in inputs())
+    with torch.autocast(DEVICE, torch.float16):
+        out = kernels.sliding_window_attention(q, k.half(), v.half(), CFG)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(
+        out.float(), kernels.sliding_window_attention(q, k, v, CFG), atol=2e-2, rtol=2e-2
+    )

@@ -1,0 +1,95 @@
+"""Choosing blocks, and importance at chosen blocks, against the reference."""
+
+import pytest
+import torch
+from kernels_judge import DEVICE, assert_no_worse, heads
+
+from nsa import blocks, kernels, reference
+from nsa.config import NSAConfig
+
+
+def config(size, stride, length, n, **changes) -> NSAConfig:
+    return NSAConfig(
+        compress_block_size=size, compress_block_sliding_stride=stride,
+        selection_block_size=length, num_selected_blocks=n, **changes,
+    )  # fmt: skip
+
+
+def scored(T: int, H: int, G: int, cfg: NSAConfig) -> tuple[torch.Tensor, ...]:
+    """q, k_cmp and lse."""
+    q, k, v = heads(1, T, blocks.num_compress_blocks(T, cfg), H, G, 16, 16)
+    return q, k, reference.compressed_attention(q, k, v, cfg)[1]
+
+
+CHOICES = {
+    "sizes of the paper over 4": (100, 4, 2, config(8, 4, 16, 3), True),
+    "one token": (1, 2, 1, config(8, 4, 16, 3), True),
+    "no block has ended": (7, 2, 1, config(8, 4, 16, 3), True),
+    "n below the forced set, R 3": (60, 3, 1, config(8, 4, 16, 2, num_initial_blocks=2), True),
+    "acausal": (70, 2, 2, config(8, 4, 16, 3, causal=False), True),
+    "each head its own": (70, 4, 2, config(8, 4, 16, 3), False),
+    "mean logit": (70, 4, 2, config(8, 4, 16, 3, importance="logit_mean"), True),
+    "mean logit, acausal, by head": (
+        70, 2, 1, config(8, 4, 16, 3, importance="logit_mean", causal=False), False,
+    ),
+    "l = d = l'": (60, 2, 1, config(4, 4, 4, 5), True),
+    "three strides a block, l no multiple": (70, 2, 1, config(6, 4, 12, 3), True),
+    "sixteen strides a block": (70, 2, 1, config(16, 2, 32, 2), True),
+    "n beyond the blocks there are": (40, 2, 1, config(8, 4, 8, 9), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_select_blocks(choice):
+    """Same blocks as the reference; where scores differ by rounding alone, blocks as good."""
+    T, H, G, cfg, shared = choice
+    q, k, lse = scored(T, H, G, cfg)
+    importance = reference.block_importance(q, k, lse, cfg, shared)
+    want = reference.top_blocks(importance, cfg)
+    got = kernels.select_blocks(q.float(), k.float(), lse.float(), cfg, shared)
+    assert got.dtype == torch.int32 and got.shape == want.shape
+    differ = (got != want).any(-1)
+    assert differ.double().mean() < 0.02
+    rank = blocks.priority(T, cfg, DEVICE)[:, None]
+    score = torch.where(rank > blocks.FREE, 1e3 * rank, importance)[differ]
+    kept = [score.gather(-1, index[differ].long().clamp_min(0)).sum(-1) for index in (got, want)]
+    torch.testing.assert_close(*kept, rtol=1e-5, atol=1e-5)
+
+
+def test_lower_block_wins_a_tie():
+    """Equal keys give equal scores: the first blocks are kept, beside the forced ones."""
+    cfg = config(4, 4, 4, 5, num_local_blocks=1)
+    q, k, v = (x.float() for x in heads(1, 64, 16, 2, 1, 16, 16))
+    k = torch.ones_like(k)
+    lse = kernels.compressed_attention(q, k, v, cfg)[1]
+    assert kernels.select_blocks(q, k, lse, cfg)[0, 63, 0].tolist() == [0, 1, 2, 3, 15]
+
+
+GATHERED = {
+    "shared": (3, 1, config(6, 4, 12, 3), True),
+    "by head, acausal": (2, 1, config(8, 4, 16, 2, causal=False), False),
+    "mean logit": (2, 1, config(8, 4, 16, 3, importance="logit_mean"), True),
+}
+
+
+@pytest.mark.parametrize("case", GATHERED.values(), ids=GATHERED)
+def test_selected_importance(case):
+    """Values and gradients at chosen blocks; the empty slots of early tokens give 0."""
+    H, G, cfg, shared = case
+    q, k, lse = scored(40, H, G, cfg)
+    indices = reference.select_blocks(q, k, lse, cfg, shared)
+    indices[:, 3] = -1
+
+    def oracle(q, k, lse):
+        importance = reference.block_importance(q, k, lse, cfg, shared)
+        return importance.gather(-1, indices.clamp_min(0).long()).where(indices >= 0, 0.0)
+
+    assert_no_worse(
+        lambda q, k, lse: kernels.selected_importance(q, k, lse, indices, cfg), oracle, q, k, lse
+    )
+
+
+def test_no_blocks_to_choose():
+    cfg = config(8, 4, 16, 0)
+    q, k, lse = (x.float() for x in scored(20, 2, 1, cfg))
+    assert kernels.select_blocks(q, k, lse, cfg).shape == (1, 20, 1, 0)

@@ -1,0 +1,94 @@
+"""Selected attention in both loop orders against the reference."""
+
+import pytest
+import torch
+from kernels_judge import DEVICE, assert_no_worse, heads
+from torch import Tensor
+
+from nsa import blocks, kernels, reference
+from nsa.config import NSAConfig
+from nsa.kernels import lists, selected
+
+
+def config(length: int, n: int, causal: bool = True) -> NSAConfig:
+    return NSAConfig(
+        compress_block_size=1, compress_block_sliding_stride=1, selection_block_size=length,
+        num_selected_blocks=n, causal=causal,
+    )  # fmt: skip
+
+
+def random_blocks(B: int, T: int, index_heads: int, cfg: NSAConfig) -> Tensor:
+    """Some of the blocks a token may keep, with empty slots; token 3 keeps nothing."""
+    S = blocks.num_selection_blocks(T, cfg)
+    kept = reference.top_blocks(torch.rand(B, T, index_heads, S, device=DEVICE), cfg)
+    kept = kept.masked_fill(torch.rand(kept.shape, device=DEVICE) < 0.2, -1)
+    kept[:, 3:4] = -1
+    pushed = kept.masked_fill(kept < 0, S).sort(-1).values
+    return pushed.masked_fill(pushed == S, -1)
+
+
+CASES = {  # B, T, H, G, D, Dv, index heads, config
+    "one token": (1, 1, 2, 1, 16, 16, 1, config(16, 3)),
+    "17 tokens, D 8": (2, 17, 4, 2, 8, 8, 2, config(4, 3)),
+    "64 tokens, R 3, D 24": (1, 64, 3, 1, 24, 16, 1, config(16, 2)),
+    "100 tokens, R 4, Dv 32": (1, 100, 4, 1, 16, 32, 1, config(32, 3)),
+    "33 tokens, R 16": (1, 33, 16, 1, 16, 16, 1, config(16, 2)),
+    "acausal, blocks of 12": (1, 70, 4, 2, 16, 16, 2, config(12, 3, causal=False)),
+    "each head its own": (1, 70, 4, 2, 16, 16, 4, config(16, 3)),
+    "more slots than blocks": (1, 40, 2, 1, 16, 16, 1, config(16, 7)),
+    "nothing to select": (1, 20, 2, 1, 16, 16, 1, config(16, 0)),
+}
+
+
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "blocks"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_selected(case, tiles, monkeypatch):
+    B, T, H, G, D, Dv, index_heads, cfg = case
+    monkeypatch.setattr(selected, "prefers_tiles", lambda num_tokens, cfg: tiles)
+    indices = random_blocks(B, T, index_heads, cfg)
+    assert_no_worse(
+        lambda q, k, v: kernels.selected_attention(q, k, v, indices, cfg),
+        lambda q, k, v: reference.selected_attention(q, k, v, indices, cfg),
+        *heads(B, T, T, H, G, D, Dv),
+    )
+
+
+@pytest.mark.parametrize("index_heads", [1, 2])
+def test_chunks_items_and_gates(index_heads, monkeypatch):
+    """Three chunks of tokens and lists of several items; gates get the gradient of a factor."""
+    monkeypatch.setattr(lists, "PARTIAL_BYTES", (1, 1))
+    monkeypatch.setattr(lists, "ITEM_ROWS", 1)
+    cfg = config(72, 2)
+    indices = random_blocks(1, 140, index_heads, cfg)
+    gates = torch.ones(indices.shape, dtype=torch.float64, device=DEVICE)
+    assert_no_worse(
+        lambda q, k, v, g: kernels.selected_attention(q, k, v, indices, cfg, g),
+        lambda q, k, v, g: reference.selected_attention(q, k, v, indices, cfg, g),
+        *heads(1, 140, 140, 2, 1, 16, 16),
+        gates,
+        repeat=True,
+    )
+
+
+def test_a_long_block_is_split():
+    cfg = config(160, 2)
+    indices = random_blocks(1, 200, 1, cfg)
+    gates = torch.ones(indices.shape, dtype=torch.float64, device=DEVICE)
+    assert_no_worse(
+        lambda q, k, v, g: kernels.selected_attention(q, k, v, indices, cfg, g),
+        lambda q, k, v, g: reference.selected_attention(q, k, v, indices, cfg, g),
+        *heads(1, 200, 200, 1, 1, 16, 16),
+        gates,
+    )
+
+
+def test_the_table_takes_tiles_for_short_sequences():
+    assert selected.prefers_tiles(1024, config(16, 8))
+    assert not selected.prefers_tiles(65536, config(64, 16))
+
+
+def test_too_many_slots_are_refused():
+    q = torch.empty(1, device=DEVICE).expand(1, 2**20, 16, 16)
+    indices = torch.empty(1, dtype=torch.int32, device=DEVICE).expand(1, 2**20, 16, 128)
+    with pytest.raises(ValueError, match="smaller micro-batch"):
+        lists.plan_work(q, indices, 64, 16)
