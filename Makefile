@@ -16,7 +16,7 @@ help: ## list the targets
 	@touch $@
 
 train: .venv/.installed ## train a small NSA model on the standard library's source text
-	OMP_NUM_THREADS=$${TRAIN_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/python train.py experiment=first_run
+	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) OMP_WAIT_POLICY=PASSIVE $(BIN)/python train.py experiment=first_run
 
 test: .venv/.installed ## run the tests that need no GPU
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -168,6 +168,10 @@ class TokenDataModule(L.LightningDataModule):
         """Mean bytes of text behind a token of the split: bpb = nats per token / ln 2 / this."""
         return self.splits[split].bytes_per_token
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the corpus: how to read and write its tokens."""
+        return {"tokenizer": self.tokenizer.state()}
+
     def encode(self, text: str) -> list[int]:
         """Text as ids."""
         return self.tokenizer.encode(text)

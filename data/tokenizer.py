@@ -47,6 +47,10 @@ class ByteTokenizer:
         """Bytes need no file."""
         return None
 
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps, for `restored_tokenizer`: bytes need nothing."""
+        return None
+
 
 class SubwordTokenizer:
     """A tokenizer of the `tokenizers` library, without padding, truncation or added tokens."""
@@ -80,6 +84,10 @@ class SubwordTokenizer:
         self.tokenizer.save(str(path))
         return {"file": TOKENIZER_FILE, "sha256": file_sha256(path), "eot": self.eot}
 
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps, for `restored_tokenizer`: the whole tokenizer.json."""
+        return {"json": self.tokenizer.to_str(), "eot": self.eot}
+
 
 AnyTokenizer = ByteTokenizer | SubwordTokenizer
 
@@ -89,6 +97,13 @@ def saved_tokenizer(folder: Path, entry: dict[str, Any] | None) -> AnyTokenizer:
     if entry is None:
         return ByteTokenizer()
     return SubwordTokenizer(Tokenizer.from_file(str(folder / entry["file"])), entry["eot"])
+
+
+def restored_tokenizer(state: dict[str, Any] | None) -> AnyTokenizer:
+    """The inverse of `state`."""
+    if state is None:
+        return ByteTokenizer()
+    return SubwordTokenizer(Tokenizer.from_str(state["json"]), state["eot"])
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,15 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _chosen(backend: str, q: Tensor) -> Backend:
+    if backend == "triton" and not (q.is_cuda or _interpreted()):
+        raise ValueError(
+            f"backend='triton' runs on CUDA devices and the tensors are on {q.device}: move them "
+            f"there, or build with backend='reference'"
+        )
+    return BACKENDS[backend]
+
+
 def compressed_attention(
     q: Float[Tensor, "B T H D"],
     k_cmp: Float[Tensor, "B C G D"],
@@ -120,7 +129,7 @@ def compressed_attention(
         wanted = (k_cmp.shape[2], mem_k.shape[1], k_cmp.shape[3])
         _check_shape("mem_k", mem_k, wanted)
         _check_shape("mem_v", mem_v, (*wanted[:2], v_cmp.shape[3]))
-    return BACKENDS[backend].compressed_attention(q, k_cmp, v_cmp, cfg, mem_k, mem_v)
+    return _chosen(backend, q).compressed_attention(q, k_cmp, v_cmp, cfg, mem_k, mem_v)
 
 
 def select_blocks(
@@ -134,7 +143,7 @@ def select_blocks(
 ) -> Int[Tensor, "B T X N"]:
     """See `reference.select_blocks`."""
     _check_scores(q, k_cmp, lse, cfg)
-    return BACKENDS[backend].select_blocks(q, k_cmp, lse, cfg, shared)
+    return _chosen(backend, q).select_blocks(q, k_cmp, lse, cfg, shared)
 
 
 def selected_importance(
@@ -149,7 +158,7 @@ def selected_importance(
     """See `reference.selected_importance`."""
     _check_scores(q, k_cmp, lse, cfg)
     _check_indices(block_indices, q, k_cmp)
-    return BACKENDS[backend].selected_importance(q, k_cmp, lse, block_indices, cfg)
+    return _chosen(backend, q).selected_importance(q, k_cmp, lse, block_indices, cfg)
 
 
 def selected_attention(
@@ -168,7 +177,7 @@ def selected_attention(
     _check_indices(block_indices, q, k)
     if block_gates is not None:
         _check_shape("block_gates", block_gates, tuple(block_indices.shape))
-    return BACKENDS[backend].selected_attention(q, k, v, block_indices, cfg, block_gates)
+    return _chosen(backend, q).selected_attention(q, k, v, block_indices, cfg, block_gates)
 
 
 def sliding_window_attention(
@@ -182,7 +191,7 @@ def sliding_window_attention(
     """See `reference.sliding_window_attention`."""
     _check_queries_keys(q, k, v)
     _check_num_keys(q, k)
-    return BACKENDS[backend].sliding_window_attention(q, k, v, cfg)
+    return _chosen(backend, q).sliding_window_attention(q, k, v, cfg)
 
 
 def combine(
@@ -197,7 +206,7 @@ def combine(
     _check_shape("gates", gates, (*compressed.shape[:3], 3))
     _check_shape("selected", selected, tuple(compressed.shape))
     _check_shape("sliding", sliding, tuple(compressed.shape))
-    return BACKENDS[backend].combine(gates, compressed, selected, sliding)
+    return _chosen(backend, gates).combine(gates, compressed, selected, sliding)
 
 
 def _check_shape(name: str, x: Tensor, wanted: tuple[int, ...]) -> None:

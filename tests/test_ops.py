@@ -49,6 +49,37 @@ def test_backends_are_resolved_by_name() -> None:
         ops.resolve_backend("cuda")
 
 
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="backend='triton' needs a CUDA device"):
+        ops.resolve_backend("triton")
+    with pytest.raises(ValueError, match="the tensors are on cpu"):
+        ops.sliding_window_attention(Q, K, K, CFG, backend="triton")
+
+
+def test_auto_is_triton_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert ops.resolve_backend("auto") == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert ops.resolve_backend("auto") == "reference"
+
+
+def test_selected_importance_is_that_of_the_chosen_blocks() -> None:
+    cfg = dataclasses.replace(CFG, num_selected_blocks=3)
+    q, k_cmp = torch.randn(1, 40, 4, 8), torch.randn(1, 9, 2, 8)
+    _, lse = reference.compressed_attention(q, k_cmp, k_cmp, cfg)
+    for shared in (True, False):
+        indices = reference.select_blocks(q, k_cmp, lse, cfg, shared)
+        got = ops.selected_importance(q, k_cmp, lse, indices, cfg)
+        whole = reference.block_importance(q, k_cmp, lse, cfg, shared)
+        for place in torch.cartesian_prod(*map(torch.arange, indices.shape)).tolist():
+            block = indices[tuple(place)]
+            want = whole[(*place[:3], block)] if block >= 0 else torch.tensor(0.0)
+            torch.testing.assert_close(got[tuple(place)], want)
+
+
 def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [entry.name for entry in dataclasses.fields(ops.Backend) if entry.name != "lacks"]
     recorder = ops.Backend(**{name: lambda *args, name=name: (name, len(args)) for name in names})

@@ -1,0 +1,257 @@
+"""How a Transformer is trained: loss, optimizer, schedule, and what is logged of them.
+
+The only file under nsa/ that knows Lightning. Letters: B batch, T tokens.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int, Num
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from nsa.transformer import Transformer
+
+NOT_SCORED = -1  # the label that fills up the last window of a split
+
+
+class NSALightningModule(L.LightningModule):
+    """Next-token training of a `Transformer`.
+
+    A batch is `{"tokens": [B, T+1]}`: inputs are all but the last token, labels all but the first,
+    and the label −1 is not scored. Logged: `train/loss`, `val/loss`, `test/loss` in nats a token,
+    the same as `…/bpb` in bits a byte, `optim/lr` and `optim/grad_norm` (before clipping).
+
+    Whatever chance a step holds (dropout) is drawn from a generator seeded by (seed, rank,
+    micro-batch), so that a resumed run needs no generator's state to repeat it.
+
+    Args:
+        model: arguments of `Transformer`, and `name`.
+        optimizer: lr, betas, eps, weight_decay, fused (see `adamw`).
+        scheduler: `name` of a schedule in `SCHEDULES`, and its arguments.
+        compile: compile the blocks in place when training starts.
+
+    Raises:
+        ValueError: if the schedule's name is unknown or a size is impossible.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        scheduler: Mapping[str, Any],
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.optimizer_options = dict(optimizer)
+        self.schedule = build_schedule(scheduler)
+        self.compile_blocks = compile
+        self.seed = torch.initial_seed()
+        self.model = Transformer(**{key: model[key] for key in model if key != "name"})
+        self._step_losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+        self._split_losses: list[Tensor] = []  # (Σ nats, tokens) of each batch of an evaluation
+        self.evaluated_step: int | None = None  # the step that val/bpb was last measured at
+
+    def configure_model(self) -> None:
+        """Block by block and in place: parameters keep their names, one graph serves all layers."""
+        if self.compile_blocks:
+            for block in self.model.layers:
+                block.compile()
+
+    # Training
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        torch.manual_seed(micro_batch_seed(self.seed, self.global_rank, batch_idx))
+        nats, count = total_nats(self.model, batch["tokens"])
+        loss = nats / count
+        self._step_losses.append(loss.detach())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        losses, self._step_losses = self._step_losses, []
+        if not self._logs_this_step:
+            return
+        loss = self.trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean")
+        self.log("train/loss", loss)
+        self.log("train/bpb", self._bits_per_byte(loss, "train"))
+        self.log("optim/lr", optimizer.param_groups[0]["lr"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all parameters. Lightning's own clipping refuses a fused AdamW."""
+        limit = math.inf if gradient_clip_val is None else gradient_clip_val
+        norm = clip_grad_norm_(self.parameters(), limit)
+        if self._logs_this_step:
+            self.log("optim/grad_norm", norm)
+
+    def configure_optimizers(self) -> Any:
+        self.check_trainer(self.trainer)
+        optimizer = adamw(self.model, **self.optimizer_options)
+        schedule = LambdaLR(optimizer, partial(self.schedule, max_steps=self.trainer.max_steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def check_trainer(self, trainer: L.Trainer) -> None:
+        """Refuse a trainer whose options this module could not honour.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        if trainer.max_steps < 1:
+            raise ValueError(
+                f"trainer.max_steps={trainer.max_steps}: the schedule needs to know how long the "
+                "run is; set it, and trainer.max_time too if time shall end the run"
+            )
+        if trainer.gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(
+                f"trainer.gradient_clip_algorithm={trainer.gradient_clip_algorithm}: gradients are "
+                "clipped by their norm; leave it out"
+            )
+        if trainer.precision == "16-mixed" and self.optimizer_options["fused"]:
+            raise ValueError(
+                "optimizer.fused=true with trainer.precision=16-mixed would clip gradients before "
+                "they are unscaled: set optimizer.fused=false"
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts micro-batches: restate the count for this run's accumulation."""
+        if self._trainer is None:  # loaded for its weights alone
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = checkpoint["global_step"] * self._trainer.accumulate_grad_batches
+        for part in (progress["total"], progress["current"]):
+            unfinished = part["ready"] - part["completed"]
+            part.update(ready=done, started=done, processed=done, completed=done - unfinished)
+
+    # Evaluation: exact means over every scored token of a split, over all ranks
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._split_losses.append(torch.stack(total_nats(self.model, batch["tokens"])))
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._split_losses.append(torch.stack(total_nats(self.model, batch["tokens"])))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_split("val")
+        if not self.trainer.sanity_checking:
+            self.evaluated_step = self.global_step
+
+    def on_test_epoch_end(self) -> None:
+        self._log_split("test")
+
+    def _log_split(self, split: str) -> None:
+        batches, self._split_losses = self._split_losses, []
+        total = torch.zeros(2, dtype=torch.float64)
+        if batches:
+            total += torch.stack(batches).cpu().double().sum(dim=0)
+        if self.trainer.world_size > 1:
+            total = self.trainer.strategy.reduce(total.to(self.device), reduce_op="sum")
+        loss = total[0] / total[1]
+        self.log(f"{split}/loss", loss.float(), sync_dist=True)
+        self.log(f"{split}/bpb", self._bits_per_byte(loss, split).float(), sync_dist=True)
+
+    def _bits_per_byte(self, nats_per_token: Tensor, split: str) -> Tensor:
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return nats_per_token / (math.log(2) * datamodule.bytes_per_token(split))
+
+    @property
+    def _logs_this_step(self) -> bool:
+        trainer: Any = self.trainer
+        return (self.global_step + 1) % trainer.log_every_n_steps == 0
+
+
+def total_nats(
+    model: Callable[[Tensor], Tensor], tokens: Int[Tensor, "B T1"]
+) -> tuple[Num[Tensor, ""], Num[Tensor, ""]]:
+    """The summed cross-entropy of the scored labels, in float32, and how many there are."""
+    labels = tokens[:, 1:]
+    logits = model(tokens[:, :-1].clamp(min=0))
+    nats = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=NOT_SCORED, reduction="sum"
+    )
+    return nats, (labels != NOT_SCORED).sum()
+
+
+def micro_batch_seed(seed: int, rank: int, micro_batch: int) -> int:
+    """One seed for each micro-batch of each rank."""
+    return (seed * 1_000_003 + rank << 32) + micro_batch & (1 << 63) - 1
+
+
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    fused: bool,
+) -> AdamW:
+    """AdamW (arXiv 1711.05101) over `parameter_groups`; `fused`: one kernel for all parameters."""
+    groups = parameter_groups(model, weight_decay)
+    return AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases, embeddings, learned positions and memory keys do not.
+
+    A matrix is a parameter of two or more dimensions that its module calls `weight…`, and that is
+    no embedding, tied to a head or not.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        called_weight = name.rpartition(".")[2].startswith("weight")
+        is_matrix = called_weight and parameter.ndim >= 2 and id(parameter) not in embeddings
+        (decay if is_matrix else no_decay).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+
+
+def warmup(step: int, warmup_steps: int) -> float:
+    """Linear from 1/warmup_steps at the first step to 1 at the last of the warm-up."""
+    return min(1.0, (step + 1) / max(1, warmup_steps))
+
+
+def cosine(step: int, *, max_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
+    """Warm-up, then half a cosine from 1 to `min_lr_ratio` at `max_steps`."""
+    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    fall = (1 - math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
+    return warmup(step, warmup_steps) * (1 - (1 - min_lr_ratio) * fall)
+
+
+def wsd(
+    step: int, *, max_steps: int, warmup_steps: int, min_lr_ratio: float, decay_fraction: float
+) -> float:
+    """Warm-up, stable, and a linear decay over the last `decay_fraction` of `max_steps`."""
+    decay_steps = decay_fraction * max_steps
+    done = (step - (max_steps - decay_steps)) / max(1.0, decay_steps)
+    fall = min(1.0, max(0.0, done))
+    return warmup(step, warmup_steps) * (1 - (1 - min_lr_ratio) * fall)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "wsd": wsd}
+
+
+def build_schedule(options: Mapping[str, Any]) -> Callable[..., float]:
+    """The factor of the learning rate as a function of (step, max_steps) alone."""
+    name = options["name"]
+    if name not in SCHEDULES:
+        raise ValueError(f"scheduler.name={name!r} must be one of {', '.join(SCHEDULES)}")
+    return partial(SCHEDULES[name], **{key: options[key] for key in options if key != "name"})

@@ -1,0 +1,145 @@
+"""Every page of conf/ composes, is read by something, and says what it claims to say."""
+
+import dataclasses
+import inspect
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from nsa.attention import SparseAttention
+from nsa.compress_networks import BlockCompressor
+from nsa.config import NSAConfig
+from nsa.lightning_module import SCHEDULES, NSALightningModule, adamw
+from nsa.transformer import Transformer
+
+CONF = Path(__file__).parent.parent / "conf"
+SIZES = ("tiny", "small", "medium")
+KINDS = ("nsa", "dense", "window")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*overrides, "run_dir=."])
+
+
+def plain(cfg: DictConfig) -> dict:
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_of_every_group_composes(group: str) -> None:
+    for option in options(group):
+        assert "???" not in str(OmegaConf.to_container(composed(f"{group}={option}")))
+
+
+def test_every_model_composes_with_every_corpus() -> None:
+    for model, data in product(options("model"), options("data")):
+        cfg = composed(f"model={model}", f"data={data}")
+        assert cfg.data.seq_len == cfg.model.seq_len
+        assert cfg.model.vocab_size == cfg.data.vocab_size
+
+
+def test_a_model_brings_its_attention_and_the_command_line_has_the_last_word() -> None:
+    assert composed("model=nsa_small").attention.sliding_window_size == 64
+    assert composed("model=nsa_medium").attention.sliding_window_size == 512
+    cfg = composed("model=nsa_small", "attention=paper", "attention.num_selected_blocks=3")
+    assert cfg.model.attention.sliding_window_size == 512
+    assert cfg.model.attention.num_selected_blocks == 3
+    assert composed("model=nsa_small", "trainer=debug").trainer.max_steps == 4
+
+
+def test_the_defaults_of_conf_are_those_of_nsa_config() -> None:
+    attention = plain(composed("attention=paper").attention)
+    for field in dataclasses.fields(NSAConfig):
+        if field.name in attention:
+            assert attention[field.name] == field.default, field.name
+    defaults = inspect.signature(SparseAttention).parameters
+    for key, value in attention.items():
+        if key in defaults and defaults[key].default is not inspect.Parameter.empty:
+            assert value == defaults[key].default, key
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["dense", "window"])
+def test_twins_differ_in_nothing_but_their_layers(kind: str, size: str) -> None:
+    twin, nsa = (plain(composed(f"model={k}_{size}", "logger=csv")) for k in (kind, "nsa"))
+    assert twin["model"].pop("name") == f"{kind}_{size}"
+    assert nsa["model"].pop("name") == f"nsa_{size}"
+    assert twin["model"].pop("layer_pattern") == [kind]
+    assert nsa["model"].pop("layer_pattern") == ["nsa"]
+    assert twin.pop("name") != nsa.pop("name")
+    assert twin == nsa
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_phi_of_the_presets_is_under_three_percent(size: str) -> None:
+    settings = plain(composed(f"model=nsa_{size}").model)
+    model = Transformer(**{key: settings[key] for key in settings if key != "name"})
+    compressors = [m for m in model.modules() if isinstance(m, BlockCompressor)]
+    phi = sum(p.numel() for m in compressors for p in m.parameters())
+    assert 0 < phi < 0.03 * model.num_params
+    expected = {"tiny": 1e6, "small": 25e6, "medium": 125e6}[size]
+    assert model.num_params == pytest.approx(expected, rel=0.1)
+
+
+def nodes_with_target(node: object, path: str = "") -> list[tuple[str, dict]]:
+    if not isinstance(node, dict):
+        return []
+    own = [(path, node)] if "_target_" in node else []
+    return own + [found for k, v in node.items() for found in nodes_with_target(v, f"{path}.{k}")]
+
+
+@pytest.mark.parametrize("group", ["data", "trainer", "callbacks", "logger"])
+def test_every_key_of_a_target_is_one_of_its_arguments(group: str) -> None:
+    for option in options(group):
+        cfg = OmegaConf.to_container(composed(f"{group}={option}")[group], resolve=False)
+        for path, node in nodes_with_target(cfg, f"{group}={option}"):
+            target = get_class(node["_target_"])
+            parameters = inspect.signature(target).parameters
+            if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                continue
+            unread = [key for key in node if not key.startswith("_") and key not in parameters]
+            assert not unread, f"{path}: {target.__name__} takes no {unread}"
+
+
+def test_everything_in_conf_is_read() -> None:
+    """Options are arguments of functions; what else there is, train.py or another entry reads."""
+    cfg = composed()
+    parameters = {
+        "model": {"name", *inspect.signature(Transformer).parameters},
+        "attention": {"compress_network", *inspect.signature(SparseAttention).parameters},
+        "optimizer": {*inspect.signature(adamw).parameters},
+    }
+    for part, known in parameters.items():
+        assert set(cfg[part]) <= known, part
+    for name in options("scheduler"):
+        schedule = composed(f"scheduler={name}").scheduler
+        known = {"name", *inspect.signature(SCHEDULES[schedule.name]).parameters}
+        assert set(schedule) <= known, name
+    module = inspect.signature(NSALightningModule).parameters
+    text = (CONF.parent / "train.py").read_text()
+    text += "".join(path.read_text() for path in CONF.rglob("*.yaml"))
+    for key in cfg:
+        assert key in module or f"cfg.{key}" in text or f"${{{key}" in text, key
+    for key in cfg.batch:
+        assert f"batch.{key}" in text, key
+
+
+@pytest.mark.parametrize(
+    "mistake", ["attention.windw_size=3", "optimzer.lr=1", "model=nsa_smal", "scheduler.decay=1"]
+)
+def test_mistyped_keys_are_refused(mistake: str) -> None:
+    with pytest.raises(HydraException, match=mistake.split("=")[0].split(".")[-1]):
+        composed(mistake)

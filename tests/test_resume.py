@@ -1,0 +1,216 @@
+"""A run that is killed and goes on ends as one that was never interrupted; what cannot, says so."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import checkpoints
+import generate
+
+ROOT = Path(__file__).parent.parent
+TRAIN = str(ROOT / "train.py")
+LEARNING = (
+    *("trainer=cpu", "trainer.max_steps=24", "trainer.log_every_n_steps=2", "val_every_n_steps=8"),
+    *("model.dim=32", "model.depth=1", "model.heads=2", "model.dim_head=16", "model.seq_len=32"),
+    *("model.dropout=0.3", "batch.micro_batch_size=2", "batch.accumulate_grad_batches=2"),
+    *("callbacks.samples.new_tokens=4", "data=text", "data.paths=[corpus.txt]", "test=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with a corpus, one run from end to end, and one killed at step 14."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(1500)))
+    finished = start(folder, *LEARNING, "name=whole")
+    assert finished.wait() == 0, finished.communicate()
+    finished.communicate()
+    killed = start(folder, *LEARNING, "name=killed")
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if line.startswith("step 14/24"):
+            os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    killed.stdout.close()
+    return folder
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    threads = {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | threads | {"NSA_DATA_DIR": str(folder / "data")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(
+        [sys.executable, TRAIN, *arguments], cwd=folder, env=environment, **pipes
+    )
+
+
+def only(paths: Iterator[Path]) -> Path:
+    (path,) = paths
+    return path
+
+
+def test_a_killed_run_ends_as_one_never_interrupted(folder: Path) -> None:
+    whole, run = only(folder.glob("outputs/whole/*")), only(folder.glob("outputs/killed/*"))
+    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_8.ckpt"]
+    wandb_id = (run / "wandb_id.txt").read_text()
+    resumed = start(folder, "ckpt_path=last", "name=killed")
+    output, _ = resumed.communicate()
+    assert resumed.returncode == 0, output
+    assert only(folder.glob("outputs/killed/*")) == run  # the same folder
+    assert (run / "wandb_id.txt").read_text() == wandb_id
+    assert len(list((run / "wandb").glob(f"offline-run-*-{wandb_id.strip()}"))) == 2
+
+    ends = [load(path / "checkpoints" / "last.ckpt") for path in (whole, run)]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 24
+    for name, weight in ends[0]["state_dict"].items():
+        assert torch.equal(weight, ends[1]["state_dict"][name]), name
+    rows = [learned(path / "metrics.csv") for path in (whole, run)]
+    assert rows[0] == rows[1]
+    steps = [int(row["step"]) for row in rows[0]]
+    assert steps == sorted(set(steps))
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def learned(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv without what the clock says."""
+    rows = csv.DictReader(path.read_text().splitlines())
+    return [{name: row[name] for name in row if not name.startswith("perf/")} for row in rows]
+
+
+def test_a_checkpoint_holds_plain_values(folder: Path) -> None:
+    checkpoint = load(only(folder.glob("outputs/whole/*")) / "checkpoints" / "last.ckpt")
+    settings = checkpoint["hyper_parameters"]
+    assert settings["model"]["dropout"] == 0.3
+    assert settings["model"]["attention"]["num_selected_blocks"] == 4
+    assert "_target_" not in str(settings)
+
+
+def test_a_checkpoint_is_all_that_generate_needs(folder: Path) -> None:
+    path = only(folder.glob("outputs/whole/*")) / "checkpoints" / "last.ckpt"
+    text = generate.generate(generate.Options(ckpt=str(path), prompt="7 squared", seq_len=20))
+    assert text.startswith("7 squared") and len(text) > len("7 squared")
+
+
+def test_a_sweep_cannot_go_on() -> None:
+    with pytest.raises(ValueError, match="without -m"):
+        checkpoints.resume_arguments(["-m", "ckpt_path=last"])
+
+
+def test_last_is_the_newest_run_of_what_was_typed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="runs with checkpoints: none"):
+        checkpoints.find_last(tmp_path, {})
+    make_run(tmp_path / "a" / "1", age=3, model="nsa_tiny")
+    make_run(tmp_path / "b" / "2", age=2, model="dense_tiny", overrides=["name=b"])
+    make_run(tmp_path / "sweeps" / "now" / "0", age=0, model="nsa_tiny")
+
+    def last(*typed: str) -> str:
+        found = checkpoints.find_last(tmp_path, {checkpoints.key(t): t for t in typed})
+        return found.parents[1].name
+
+    assert last() == "2"
+    assert last("model=nsa_tiny", "trainer.max_steps=9") == "1"
+    assert last("name=b") == "2"
+    with pytest.raises(FileNotFoundError, match=r"runs with checkpoints: a, b"):
+        last("model=nsa_tiny", "name=b")
+
+
+def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
+    run = tmp_path / "a" / "1"
+    path = make_run(run, age=1, model="nsa_tiny", overrides=["seed=1", "+x.y=2"])
+    resumed = checkpoints.resume_arguments(["ckpt_path=last", "x.y=3"], tmp_path)
+    where = [f"hydra.run.dir='{run}'", "hydra.output_subdir=null"]
+    assert resumed == ["seed=1", "x.y=3", f"ckpt_path='{path}'", *where]
+    assert checkpoints.resume_arguments(resumed, tmp_path) == [
+        "seed=1",
+        *resumed[1:2],
+        *where,
+        f"ckpt_path='{path}'",
+    ]
+    assert checkpoints.resume_arguments(["x.y=3"], tmp_path) == ["x.y=3"]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        checkpoints.resume_arguments(["ckpt_path=nowhere.ckpt"], tmp_path)
+
+
+def make_run(run: Path, *, age: int, model: str, overrides: list[str] | None = None) -> Path:
+    """A run folder with one checkpoint, so many seconds old."""
+    path = run / "checkpoints" / "step_1.ckpt"
+    path.parent.mkdir(parents=True)
+    (run / ".hydra").mkdir()
+    path.write_bytes(b"x")
+    os.utime(path, (1e9 - age, 1e9 - age))
+    choices = {"hydra": {"runtime": {"choices": {"model": model}}}}
+    OmegaConf.save(OmegaConf.create(choices), run / ".hydra" / "hydra.yaml")
+    OmegaConf.save(OmegaConf.create(overrides or []), run / ".hydra" / "overrides.yaml")
+    return path
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (truncated, "damaged"),
+        (flipped, r"record step_3/data/\d+ is damaged"),
+        (lambda content: b"", "empty"),
+        (lambda content: b"hello", "not a checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_an_older_one_offered(
+    tmp_path: Path, damage, complaint: str
+) -> None:
+    content = {part: {} for part in checkpoints.PARTS} | {"state_dict": {"w": torch.ones(9000)}}
+    for step in (1, 2, 3):
+        path = tmp_path / f"step_{step}.ckpt"
+        torch.save(content, path)
+        os.utime(path, (1e9 + step, 1e9 + step))
+    (tmp_path / "last.ckpt").symlink_to("step_3.ckpt")
+    assert checkpoints.check(tmp_path / "last.ckpt").keys() == content.keys()
+    path.write_bytes(damage(path.read_bytes()))
+    os.utime(path, (1e9 + 3, 1e9 + 3))
+    with pytest.raises(ValueError, match=complaint) as refusal:
+        checkpoints.check(tmp_path / "last.ckpt")
+    assert str(tmp_path / "last.ckpt") in str(refusal.value)
+    assert str(refusal.value).endswith(f"ckpt_path={tmp_path / 'step_2.ckpt'}")
+
+
+def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match=r"no hyper_parameters.*no older one is whole"):
+        checkpoints.check(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(ValueError, match=r"foreign\.ckpt cannot be used"):
+        checkpoints.check(path)
+
+
+def test_a_resumed_run_keeps_its_model_and_optimizer() -> None:
+    model = {"dim": 8, "dropout": 0.1, "attention": {"backend": "auto", "kv_per_branch": True}}
+    settings = {"model": model, "optimizer": {"lr": 0.1, "fused": True}}
+    checkpoint = {"hyper_parameters": settings}
+    free = {"model": model | {"dropout": 0.0}, "optimizer": {"lr": 0.1, "fused": False}}
+    checkpoints.check_same_run(checkpoint, free)
+    other = {"model": model | {"attention": {"kv_per_branch": False}}, "optimizer": {"lr": 0.2}}
+    with pytest.raises(ValueError) as refusal:
+        checkpoints.check_same_run(checkpoint, other)
+    assert "model.attention.kv_per_branch=False, the checkpoint has True" in str(refusal.value)
+    assert "optimizer.lr=0.2, the checkpoint has 0.1" in str(refusal.value)

@@ -1,0 +1,193 @@
+"""Train a model: compose, seed, build, fit, test, and leave the result in the run folder.
+
+    python train.py model=nsa_small data=enwik8               train
+    python train.py -m attention.num_selected_blocks=4,8,16   sweep, one job after another
+    python train.py ckpt_path=last                            go on where the newest run stopped
+
+conf/train.yaml lists what can be set.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import lightning as L
+import torch
+import wandb
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import checkpoints
+from callbacks.throughput import Throughput
+from nsa.lightning_module import NSALightningModule
+
+log = logging.getLogger(__name__)
+
+NOT_FOR_USERS = (
+    r".*isinstance.treespec, LeafSpec.* is deprecated",  # in Lightning, under PyTorch 2.13
+    r".*your dataloader is not resumable",  # the datamodule's sampler starts at the trainer's step
+    r"Checkpoint directory .* exists and is not empty",  # as it should where a run goes on
+    r".*does not have many workers",  # data.num_workers is chosen by the corpus
+)
+
+
+class Run(NamedTuple):
+    module: NSALightningModule
+    datamodule: L.LightningDataModule
+    trainer: L.Trainer
+
+
+def build(cfg: DictConfig) -> Run:
+    """Make everything, from the seed on; whatever can be refused is refused here."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    parts = {part: settings[part] for part in ("model", "optimizer", "scheduler", "compile")}
+    module = NSALightningModule(**parts)
+    trainer = build_trainer(cfg)
+    module.check_trainer(trainer)
+    datamodule = instantiate(cfg.data)
+    if trainer.local_rank == 0:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        if cfg.ckpt_path:
+            checkpoints.check_same_run(checkpoints.check(Path(cfg.ckpt_path)), settings)
+            checkpoints.remember(Path(cfg.run_dir), cfg, HydraConfig.get().overrides.task)
+    return Run(module, datamodule, trainer)
+
+
+def build_trainer(cfg: DictConfig) -> L.Trainer:
+    """The trainer with its callbacks and loggers; validation is counted in optimizer steps."""
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
+    notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    notices.setLevel(logging.WARNING)  # the summary tells what they tell
+    trainer = instantiate(
+        cfg.trainer,
+        precision=resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator),
+        val_check_interval=cfg.val_every_n_steps * cfg.batch.accumulate_grad_batches,
+        callbacks=callbacks,
+        logger=loggers,
+    )
+    notices.setLevel(logging.INFO)
+    if trainer.world_size > 1 and sweeping():
+        raise ValueError("-m runs its jobs one after another on one device: add trainer.devices=1")
+    return trainer
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """What `auto` means: bf16-mixed on a GPU that has it, 32-true elsewhere."""
+    if precision != "auto":
+        return precision
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    has_bf16 = on_gpu and torch.cuda.get_device_capability(rank) >= (8, 0)
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def train(run: Run, cfg: DictConfig) -> float:
+    """Fit, validate and test with the last weights; returns val/bpb, or infinity for none."""
+    started = time.monotonic()
+    module, datamodule, trainer = run
+    if trainer.is_global_zero:
+        print(summary(run, cfg), flush=True)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
+    evaluations = []
+    if module.evaluated_step != trainer.global_step:  # no validation was due at the last step
+        evaluations += trainer.validate(module, datamodule=datamodule, verbose=False)
+    if cfg.test:
+        evaluations += trainer.test(module, datamodule=datamodule, verbose=False)
+    for evaluation in evaluations:
+        metrics |= evaluation
+    bpb = {f"{split}_bpb": finite(metrics.get(f"{split}/bpb")) for split in ("val", "test")}
+    if trainer.is_global_zero:
+        report(run, cfg, bpb, time.monotonic() - started)
+    return math.inf if bpb["val_bpb"] is None else bpb["val_bpb"]
+
+
+def finite(value: Any) -> float | None:
+    """A measured value as a number; None where there is none."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def summary(run: Run, cfg: DictConfig) -> str:
+    """What is about to run, as a table."""
+    model, trainer, seq_len = run.module.model, run.trainer, cfg.model.seq_len
+    sequences = cfg.batch.micro_batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    backends = sorted({getattr(block.attention, "backend", "sdpa") for block in model.layers})
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    rows = {
+        "model": f"{cfg.model.name}, {model.num_params / 1e6:.2f} M parameters",
+        "tokens per step": f"{sequences * seq_len:,} ({sequences} sequences of {seq_len:,})",
+        "steps": f"{trainer.max_steps:,}",
+        "visible tokens": f"{model.visible_tokens(seq_len):.0f} keys per query, of all branches",
+        "device": f"{trainer.world_size} × {name}",
+        "backend": ", ".join(backends),
+        "precision": trainer.precision,
+        "run folder": cfg.run_dir,
+    }
+    return "\n".join(f"{label:>16}  {value}" for label, value in rows.items())
+
+
+def report(run: Run, cfg: DictConfig, bpb: dict[str, float | None], seconds: float) -> None:
+    """Write result.json, which the table of a sweep is made of, and print what counts."""
+    model, trainer = run.module.model, run.trainer
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    speeds = [c.tokens_per_second for c in callbacks if isinstance(c, Throughput)]
+    result = bpb | {
+        "num_params": model.num_params,
+        "visible_tokens": model.visible_tokens(cfg.model.seq_len),
+        "tokens_per_second": speeds[0] if speeds else None,
+        "steps": trainer.global_step,
+        "overrides": list(HydraConfig.get().overrides.task),
+        "seconds": round(seconds, 1),
+    }
+    Path(cfg.run_dir, "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    measured = [f"{name} {bits:.4f}" for name, bits in bpb.items() if bits is not None]
+    measured += [f"{trainer.global_step:,} steps", f"{seconds:.0f} s", cfg.run_dir]
+    print("  ".join(measured))
+
+
+def sweeping() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float:
+    try:
+        run = build(cfg)
+    except (ValueError, OSError, InstantiationException) as error:
+        if sweeping() or "HYDRA_FULL_ERROR" in os.environ:
+            raise
+        known = isinstance(error.__cause__, ValueError | OSError)
+        sys.exit(f"{error.__cause__ if known else error}\nHYDRA_FULL_ERROR=1 shows where")
+    try:
+        return train(run, cfg)
+    except FloatingPointError as error:
+        if not sweeping():
+            sys.exit(str(error))
+        log.error("%s", error)  # a sweep goes on: this job is as bad as can be
+        return math.inf
+    finally:
+        wandb.finish()  # or the next job of a sweep would log into this one's run
+
+
+if __name__ == "__main__":
+    for warning in NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=warning)
+    try:
+        sys.argv[1:] = checkpoints.resume_arguments(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    main()
