@@ -24,7 +24,8 @@ def resume_arguments(arguments: Sequence[str], outputs: Path = Path("outputs")) 
         FileNotFoundError: if there is no such checkpoint.
         ValueError: if a sweep is asked to resume.
     """
-    typed = {key(argument): argument for argument in arguments if "=" in argument}
+    overrides = [argument for argument in arguments if "=" in argument or argument[0] == "~"]
+    typed = {key(argument): argument for argument in overrides}
     wanted = typed.get("ckpt_path", "ckpt_path=null").partition("=")[2].strip("'\"")
     if wanted in ("", "null"):
         return list(arguments)
@@ -82,13 +83,14 @@ def newest_first(folder: Path) -> list[Path]:
 def find_last(outputs: Path, typed: Mapping[str, str]) -> Path:
     """The newest checkpoint under `outputs`, of runs that agree with the groups and name typed."""
     folders = [path for path in outputs.rglob(FOLDER) if newest_first(path)]
-    single = [path.parent for path in folders if path.relative_to(outputs).parts[0] != SWEEPS]
+    own = [path.parent for path in folders if run_folder(path / "last.ckpt") is not None]
+    single = [run for run in own if run.relative_to(outputs).parts[0] != SWEEPS]
     fitting = [run for run in single if agrees(run, typed)]
     if not fitting:
         have = ", ".join(sorted({run.parent.name for run in single})) or "none"
         raise FileNotFoundError(
-            f"ckpt_path=last: no run under {outputs.absolute()} holds a checkpoint and agrees with "
-            f"what was typed (runs with checkpoints: {have}); ckpt_path=<path> names one"
+            f"no run under {outputs.absolute()} holds a checkpoint and agrees with "
+            f"what was typed (runs with checkpoints: {have}); give the path of a checkpoint instead"
         )
     newest = [newest_first(run / FOLDER)[0] for run in fitting]
     return max(newest, key=lambda path: path.stat().st_mtime_ns).absolute()
@@ -137,8 +139,12 @@ def find_fault(path: Path) -> str | None:
     return f"it is not a training checkpoint: no {', '.join(missing)}" if missing else None
 
 
-def check_same_run(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """A resumed run keeps its model and its optimizer, and says so if other values are asked for.
+def check_same_run(
+    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], sample_order: Mapping[str, int]
+) -> None:
+    """A resumed run keeps its model, its optimizer and its order of samples, or is refused.
+
+    With another order it would see some samples twice and others never.
 
     Raises:
         ValueError: naming every value that differs.
@@ -148,9 +154,15 @@ def check_same_run(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -
     before = {k: v for part in ("model", "optimizer") for k, v in flatten(stored[part], part)}
     now = {k: v for part in ("model", "optimizer") for k, v in flatten(settings[part], part)}
     changed = [k for k in before | now if k not in free and before.get(k) != now.get(k)]
+    corpora = [part for part in checkpoint.values() if isinstance(part, Mapping)]
+    order_before = next((c["sample_order"] for c in corpora if "sample_order" in c), {})
+    before |= order_before
+    now |= {name: sample_order[name] for name in order_before}
+    changed += [name for name in order_before if before[name] != now[name]]
     if changed:
         lines = [f"  {k}={now.get(k)}, the checkpoint has {before.get(k)}" for k in changed]
-        raise ValueError("\n".join(["a resumed run keeps its model and optimizer:", *lines]))
+        head = "a resumed run keeps its model, optimizer and order of samples:"
+        raise ValueError("\n".join([head, *lines]))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:

@@ -51,6 +51,7 @@ def build(cfg: DictConfig) -> Run:
     """Make everything, from the seed on; whatever can be refused is refused here."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    check_settings(settings)
     parts = {part: settings[part] for part in ("model", "optimizer", "scheduler", "compile")}
     module = NSALightningModule(**parts)
     trainer = build_trainer(cfg)
@@ -60,9 +61,34 @@ def build(cfg: DictConfig) -> Run:
         datamodule.prepare_data()
         datamodule.setup("fit")
         if cfg.ckpt_path:
-            checkpoints.check_same_run(checkpoints.check(Path(cfg.ckpt_path)), settings)
+            order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
+            checkpoints.check_same_run(checkpoints.check(Path(cfg.ckpt_path)), settings, order)
             checkpoints.remember(Path(cfg.run_dir), cfg, HydraConfig.get().overrides.task)
     return Run(module, datamodule, trainer)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuse what no part of the program would notice by itself.
+
+    Raises:
+        ValueError: naming the value, the rule and the way out.
+    """
+    for name in ("accumulate_grad_batches", "micro_batch_size"):
+        if settings["batch"][name] < 1:
+            raise ValueError(f"batch.{name}={settings['batch'][name]} must be at least 1")
+    if settings["val_every_n_steps"] < 1:
+        raise ValueError(
+            f"val_every_n_steps={settings['val_every_n_steps']} must be at least 1; a number above "
+            "trainer.max_steps validates at the end alone"
+        )
+    model, data = settings["model"]["vocab_size"], settings["data"]["vocab_size"]
+    if model < data:
+        raise ValueError(f"model.vocab_size={model} must be at least data.vocab_size={data}")
+    for path, value in checkpoints.flatten(settings, ""):
+        if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "maybe"):
+            raise ValueError(
+                f"{path[1:]}={value} is text, which counts as true: write true or false"
+            )
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from callbacks.every_n_steps import EveryNSteps, aside
 from callbacks.run_folder import run_folder, write_text
+from nsa.transformer import check_sampling
 
 
 class Samples(EveryNSteps):
@@ -44,6 +45,7 @@ class Samples(EveryNSteps):
         for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value} of Samples must be at least 1")
+        check_sampling(temperature, filter_thres)
         self.prompt = prompt
         self.prompt_tokens = prompt_tokens
         self.new_tokens = new_tokens

@@ -169,8 +169,21 @@ class TokenDataModule(L.LightningDataModule):
         return self.splits[split].bytes_per_token
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the corpus: how to read and write its tokens."""
-        return {"tokenizer": self.tokenizer.state()}
+        """What a checkpoint keeps of the corpus: how to read its tokens, and in which order."""
+        trainer = self.trainer
+        accumulated = 1 if trainer is None else trainer.accumulate_grad_batches * trainer.world_size
+        return {
+            "tokenizer": self.tokenizer.state(),
+            "sample_order": self.sample_order(accumulated),
+        }
+
+    def sample_order(self, micro_batches_per_step: int) -> dict[str, int]:
+        """What decides which samples a step sees, over all ranks."""
+        return {
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "sequences_per_step": self.micro_batch_size * micro_batches_per_step,
+        }
 
     def encode(self, text: str) -> list[int]:
         """Text as ids."""

@@ -107,6 +107,8 @@ class SparseAttention(nn.Module):
         self.compressed_output = compressed_output
         self.rope_base = rope_base
         self.backend = ops.resolve_backend(backend, use_diff_topk=self.use_diff_topk)
+        if num_compressed_mem_kv < 0:
+            raise ValueError(f"num_compressed_mem_kv={num_compressed_mem_kv} must be at least 0")
         phi = compress_mlp
         if phi is None:
             phi = CompressMLP(dim_head, compress_block_size, compress_mlp_expand_factor)
@@ -314,7 +316,7 @@ def _gate_network(
 ) -> nn.Module:
     """From tokens to gate logits; None: linear, its weight 0, so that gates start at the bias."""
     bias = [gate_bias] * 3 if isinstance(gate_bias, int | float) else list(gate_bias)
-    if len(bias) != 3:
+    if len(bias) != 3 or not all(isinstance(number, int | float) for number in bias):
         raise ValueError(
             f"gate_bias={bias} must be one number, or three: compressed, selected, sliding"
         )

@@ -51,7 +51,8 @@ class NSAConfig:
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be a whole number")
         if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+            off = "; 0 turns the selected branch off" if name == "num_selected_blocks" else ""
+            raise ValueError(f"{name}={value} must be at least {least}{off}")
 
     def _check_at_most(self, name: str, bound: str) -> None:
         if getattr(self, name) > getattr(self, bound):

@@ -90,9 +90,11 @@ class NSALightningModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all parameters. Lightning's own clipping refuses a fused AdamW."""
-        limit = math.inf if gradient_clip_val is None else gradient_clip_val
-        norm = clip_grad_norm_(self.parameters(), limit)
+        """Clip by the norm over all parameters; None and 0 do not clip.
+
+        Lightning's own clipping refuses a fused AdamW.
+        """
+        norm = clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         if self._logs_this_step:
             self.log("optim/grad_norm", norm)
 
@@ -111,10 +113,22 @@ class NSALightningModule(L.LightningModule):
         Raises:
             ValueError: naming the option.
         """
+        adamw(self.model, **self.optimizer_options)  # refuses impossible numbers
         if trainer.max_steps < 1:
             raise ValueError(
                 f"trainer.max_steps={trainer.max_steps}: the schedule needs to know how long the "
                 "run is; set it, and trainer.max_time too if time shall end the run"
+            )
+        if (trainer.gradient_clip_val or 0) < 0:
+            raise ValueError(
+                f"trainer.gradient_clip_val={trainer.gradient_clip_val} must be at least 0; "
+                "0 does not clip"
+            )
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if on_cpu and "flex" in (getattr(b.attention, "backend", "") for b in self.model.blocks):
+            raise ValueError(
+                "attention.backend=flex cannot train on a CPU (FlexAttention has no backward pass "
+                "there): use attention.backend=reference"
             )
         if trainer.gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(
@@ -200,7 +214,14 @@ def adamw(
     weight_decay: float,
     fused: bool,
 ) -> AdamW:
-    """AdamW (arXiv 1711.05101) over `parameter_groups`; `fused`: one kernel for all parameters."""
+    """AdamW (arXiv 1711.05101) over `parameter_groups`; `fused`: one kernel for all parameters.
+
+    Raises ValueError for numbers no optimizer can work with.
+    """
+    if not isinstance(lr, int | float) or lr <= 0:
+        raise ValueError(f"optimizer.lr={lr!r} must be a number above 0")
+    if len(betas) != 2:
+        raise ValueError(f"optimizer.betas={list(betas)} must be two numbers")
     groups = parameter_groups(model, weight_decay)
     return AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
@@ -254,4 +275,12 @@ def build_schedule(options: Mapping[str, Any]) -> Callable[..., float]:
     name = options["name"]
     if name not in SCHEDULES:
         raise ValueError(f"scheduler.name={name!r} must be one of {', '.join(SCHEDULES)}")
+    warmup_steps = options["warmup_steps"]
+    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ValueError(
+            f"scheduler.warmup_steps={warmup_steps!r} must be a whole number, 0 or more"
+        )
+    for key in ("min_lr_ratio", "decay_fraction"):
+        if not 0 <= options.get(key, 0) <= 1:
+            raise ValueError(f"scheduler.{key}={options[key]} must lie between 0 and 1")
     return partial(SCHEDULES[name], **{key: options[key] for key in options if key != "name"})

@@ -100,7 +100,8 @@ class Transformer(nn.Module):
         tie_embeddings: the head uses the embedding's weights.
 
     Raises:
-        ValueError: if `layer_pattern` is empty or names an unknown kind of layer.
+        ValueError: for an impossible size, and if `layer_pattern` is empty or names an unknown
+            kind of layer.
     """
 
     def __init__(
@@ -127,14 +128,19 @@ class Transformer(nn.Module):
                 f"layer_pattern={list(layer_pattern)} must be a non-empty list of "
                 f"{', '.join(LAYER_KINDS)}"
             )
+        sizes = dict(vocab_size=vocab_size, dim=dim, depth=depth, heads=heads, dim_head=dim_head)
+        for name, size in (sizes | dict(seq_len=seq_len)).items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
+        if feed_forward_expand <= 0:
+            raise ValueError(f"feed_forward_expand={feed_forward_expand} must be above 0")
         self.seq_len = seq_len
 
+        groups = heads if kv_heads is None else kv_heads
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(
             Block(
-                build_attention(
-                    kind, dim, dim_head, heads, kv_heads or heads, attention, dense_output_gate
-                ),
+                build_attention(kind, dim, dim_head, heads, groups, attention, dense_output_gate),
                 FeedForward(dim, feed_forward_expand),
                 dropout,
             )
@@ -221,6 +227,11 @@ class Transformer(nn.Module):
         """
         if not prompt.shape[1]:
             raise ValueError("prompt is empty: sampling needs at least one token to go on from")
+        if seq_len <= prompt.shape[1]:
+            raise ValueError(
+                f"seq_len={seq_len} counts the prompt's {prompt.shape[1]} tokens too: raise it"
+            )
+        check_sampling(temperature, filter_thres)
         was_training = self.training
         self.eval()
         ids = prompt
@@ -252,6 +263,16 @@ def compress_flops(attention: AnyAttention, num_tokens: int) -> float:
             if compressor is not None:
                 copy.deepcopy(compressor).to("meta")(block.to("meta"))
     return float(counter.get_total_flops()) * blocks.num_compress_blocks(num_tokens, cfg)
+
+
+def check_sampling(temperature: float, filter_thres: float) -> None:
+    """Raises ValueError for a temperature below 0 and for a filter that would leave no token."""
+    if temperature < 0:
+        raise ValueError(
+            f"temperature={temperature} must be at least 0; 0 takes the likeliest token"
+        )
+    if not 0 <= filter_thres <= 1:
+        raise ValueError(f"filter_thres={filter_thres} must lie between 0 and 1")
 
 
 def draw(

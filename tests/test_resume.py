@@ -203,14 +203,23 @@ def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
         checkpoints.check(path)
 
 
+def test_a_resumed_run_keeps_its_order_of_samples() -> None:
+    settings = {"model": {"dim": 8}, "optimizer": {"lr": 0.1}}
+    order = {"seed": 0, "seq_len": 8, "sequences_per_step": 32}
+    checkpoint = {"hyper_parameters": settings, "Corpus": {"sample_order": order}}
+    checkpoints.check_same_run(checkpoint, settings, order)
+    with pytest.raises(ValueError, match="sequences_per_step=16, the checkpoint has 32"):
+        checkpoints.check_same_run(checkpoint, settings, order | {"sequences_per_step": 16})
+
+
 def test_a_resumed_run_keeps_its_model_and_optimizer() -> None:
     model = {"dim": 8, "dropout": 0.1, "attention": {"backend": "auto", "kv_per_branch": True}}
     settings = {"model": model, "optimizer": {"lr": 0.1, "fused": True}}
     checkpoint = {"hyper_parameters": settings}
     free = {"model": model | {"dropout": 0.0}, "optimizer": {"lr": 0.1, "fused": False}}
-    checkpoints.check_same_run(checkpoint, free)
+    checkpoints.check_same_run(checkpoint, free, {})
     other = {"model": model | {"attention": {"kv_per_branch": False}}, "optimizer": {"lr": 0.2}}
     with pytest.raises(ValueError) as refusal:
-        checkpoints.check_same_run(checkpoint, other)
+        checkpoints.check_same_run(checkpoint, other, {})
     assert "model.attention.kv_per_branch=False, the checkpoint has True" in str(refusal.value)
     assert "optimizer.lr=0.2, the checkpoint has 0.1" in str(refusal.value)

@@ -17,8 +17,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+import train
 from nsa.lightning_module import (
     NSALightningModule,
+    adamw,
     build_schedule,
     cosine,
     micro_batch_seed,
@@ -232,6 +234,28 @@ def test_an_unknown_schedule_is_refused() -> None:
         build_schedule({"name": "linear"})
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("optimizer", {"lr": -1.0}, r"optimizer\.lr=-1\.0 must be a number above 0"),
+        ("optimizer", {"betas": [0.9]}, r"optimizer\.betas=\[0\.9\] must be two numbers"),
+        ("scheduler", {"warmup_steps": -3}, r"scheduler\.warmup_steps=-3"),
+        ("scheduler", {"min_lr_ratio": 5}, r"scheduler\.min_lr_ratio=5 must lie between 0 and 1"),
+    ],
+)
+def test_impossible_numbers_are_refused(
+    tmp_path: Path, part: str, change: dict, message: str
+) -> None:
+    options = {"optimizer": ADAMW, "scheduler": COSINE}
+    with pytest.raises(ValueError, match=message):
+        make_module(**{part: options[part] | change}).check_trainer(make_trainer(tmp_path))
+
+
+def test_adamw_takes_its_numbers_from_the_config() -> None:
+    (group, _) = adamw(nn.Linear(2, 2), **ADAMW | {"betas": [0.7, 0.8], "eps": 1e-5}).param_groups
+    assert (group["lr"], group["betas"], group["eps"]) == (1e-2, (0.7, 0.8), 1e-5)
+
+
 def test_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.max_steps=-1"):
         fitted(tmp_path, Counting(), make_module(), max_steps=-1, limit_train_batches=1)
@@ -245,6 +269,22 @@ def test_options_that_could_not_be_honoured_are_refused(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match=r"optimizer\.fused=false"):
         make_module().check_trainer(make_trainer(tmp_path))
     make_module(optimizer=ADAMW | {"fused": False}).check_trainer(make_trainer(tmp_path))
+
+
+def test_flex_is_refused_on_a_cpu_before_training(tmp_path: Path) -> None:
+    model = MODEL | {"attention": MODEL["attention"] | {"backend": "flex"}}
+    with pytest.raises(ValueError, match=r"attention\.backend=flex cannot train on a CPU"):
+        make_module(model=model).check_trainer(make_trainer(tmp_path))
+
+
+def test_clipping_at_zero_does_not_clip(tmp_path: Path) -> None:
+    plain, zero = make_module(), make_module()
+    zero.load_state_dict(plain.state_dict())
+    fitted(tmp_path, Counting(), plain)
+    fitted(tmp_path, Counting(), zero, gradient_clip_val=0.0)
+    assert torch.equal(weights(plain), weights(zero))
+    with pytest.raises(ValueError, match=r"gradient_clip_val=-1\.0 must be at least 0"):
+        make_module().check_trainer(make_trainer(tmp_path, gradient_clip_val=-1.0))
 
 
 def test_gradients_are_clipped_by_their_norm(tmp_path: Path) -> None:
@@ -365,6 +405,47 @@ def test_what_cannot_run_is_refused_in_one_message(folder: Path) -> None:
     assert done.returncode == 1
     assert "selection_block_size=6" in done.stderr
     assert "Traceback" not in done.stderr and "tokens per step" not in done.stdout
+
+
+def test_validation_counts_optimizer_steps_and_the_test_can_be_left_out(folder: Path) -> None:
+    steps = ("trainer.max_steps=4", "val_every_n_steps=2", "trainer.num_sanity_val_steps=0")
+    done = run_train(
+        *TINY, *steps, "batch.accumulate_grad_batches=2", "test=false", "logger=csv", cwd=folder
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = folder.glob("outputs/*/*/result.json")
+    assert json.loads(result.read_text())["test_bpb"] is None
+    rows = csv.DictReader((result.parent / "metrics.csv").read_text().splitlines())
+    assert [int(row["step"]) for row in rows if row["val/bpb"]] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": {"accumulate_grad_batches": 0}}, "accumulate_grad_batches=0"),
+        ({"val_every_n_steps": 0}, "val_every_n_steps=0 must be at least 1"),
+        ({"model": {"vocab_size": 100}}, "vocab_size=100 must be at least data.vocab_size=256"),
+        ({"compile": "off"}, "compile=off is text"),
+    ],
+)
+def test_settings_nothing_else_would_notice_are_refused(change: dict, message: str) -> None:
+    batch = {"accumulate_grad_batches": 1, "micro_batch_size": 1}
+    good = {"batch": batch, "val_every_n_steps": 1, "model": {"vocab_size": 256}}
+    good |= {"data": {"vocab_size": 256}, "compile": False}
+    train.check_settings(good)
+    bad = good | {k: good[k] | v if isinstance(v, dict) else v for k, v in change.items()}
+    with pytest.raises(ValueError, match=message):
+        train.check_settings(bad)
+
+
+def test_automatic_precision_is_bf16_where_the_gpu_has_it(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert train.resolve_precision("auto", "auto") == "bf16-mixed"
+    assert train.resolve_precision("auto", "cpu") == "32-true"
+    assert train.resolve_precision("16-mixed", "auto") == "16-mixed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert train.resolve_precision("auto", "auto") == "32-true"
 
 
 COMPILED = """

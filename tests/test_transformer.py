@@ -70,6 +70,19 @@ def test_an_unknown_layer_is_refused(pattern: tuple[str, ...]) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "change", [{"dim": 0}, {"depth": 0}, {"heads": 0}, {"seq_len": 0}, {"feed_forward_expand": 0.0}]
+)
+def test_an_impossible_size_is_refused(change: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=0"):
+        transformer(**change)
+
+
+def test_no_key_value_heads_are_refused() -> None:
+    with pytest.raises(ValueError, match="kv_heads=0"):
+        transformer(kv_heads=0)
+
+
 @pytest.mark.parametrize("pattern", [("nsa",), ("window", "nsa"), ("dense",)])
 def test_no_logit_depends_on_a_later_token(pattern: tuple[str, ...]) -> None:
     model, ids = transformer(*pattern).double().eval(), torch.randint(V, (1, 50))
@@ -158,6 +171,19 @@ def test_sampling_looks_back_one_sequence_length() -> None:
     model.head.weight.data.normal_()
     whole = model.sample(prompt, seq_len=41, temperature=0.0)
     assert torch.equal(whole, model.sample(prompt[:, -16:], seq_len=17, temperature=0.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ({"filter_thres": 2.0}, "filter_thres=2.0 must lie between 0 and 1"),
+        ({"seq_len": 3}, "seq_len=3 counts the prompt's 3 tokens too"),
+    ],
+)
+def test_impossible_sampling_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        transformer().sample(torch.randint(V, (1, 3)), **({"seq_len": 8} | options))
 
 
 def test_an_empty_prompt_is_refused() -> None:
