@@ -1,140 +1,229 @@
-"""Time and measure one attention layer: `make bench`, or `python -m benchmarks.attention --help`.
+"""Time and measure attention: `make bench`, or `python -m benchmarks.attention --help`.
 
-Each row is a whole layer (norm, projections, attention, gates) at the sizes of `nsa_small`: its
-forward pass and a training step, appended to benchmarks/results.csv with what it ran on.
+Suite `op`: NSA from projected heads to the gated sum and each of its parts, against dense attention
+and other packages; forward, backward and peak memory by length and head layout, batch 1. What fails
+its check against the float64 reference at a small length is not timed.
+Suite `layer`: a whole layer at the sizes of `nsa_small`, by backend.
+
+Every figure is a row of benchmarks/results.csv; docs/bench_*.png are drawn from the rows of this
+run, all on one GPU. What is most telling is measured first, and what there is no time for is named.
 """
 
 import argparse
-import csv
-import platform
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch._functorch import config as functorch
 
-from nsa.attention import Attention, SparseAttention, WindowAttention
+from benchmarks import layer, measure, plots, workers
+from benchmarks.judge import Verdict, any_order
+from benchmarks.rivals import RIVALS, backend_of
+from benchmarks.workers import Assignment, Job, Row, Unavailable, attempt
+from benchmarks.workloads import LAYOUTS, OURS, PAPER, Item, Layout, Workload
+from nsa import ops
 
-DIM, DIM_HEAD, HEADS, KV_HEADS = 512, 64, 8, 2
-SIZES = dict(
-    sliding_window_size=64,
-    compress_block_size=8,
-    compress_block_sliding_stride=4,
-    selection_block_size=16,
-    num_selected_blocks=8,
+MODULE = "benchmarks.attention"
+ITEMS = OURS | RIVALS
+STAGES = (  # what is most telling first
+    ("nsa", "dense cudnn", "dense sdpa"),
+    tuple(name for name in OURS if name != "nsa"),
+    ("dense flash", "nsa fla", "selected fla", "selected lucidrains"),
+    ("window flex", "dense flex"),
 )
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "nsa reference": lambda: SparseAttention(
-        DIM, DIM_HEAD, HEADS, **SIZES, kv_heads=KV_HEADS, backend="reference"
-    ),
-    "window reference": lambda: WindowAttention(
-        DIM, DIM_HEAD, HEADS, SIZES["sliding_window_size"], KV_HEADS, backend="reference"
-    ),
-    "dense sdpa": lambda: Attention(DIM, DIM_HEAD, HEADS, KV_HEADS),
-}
-RESULTS = Path(__file__).with_name("results.csv")
+WARM_AT_MOST = 8192  # tokens: longer inputs compile nothing new, but for FlexAttention
 
 
-def milliseconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median wall time of a call, after three warm-up calls."""
-    times = []
-    for _ in range(repeats + 3):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[3:])
-
-
-def measure(
-    layer: nn.Module, num_tokens: int, batch: int, device: torch.device, repeats: int
-) -> dict[str, float | str]:
-    """Forward and forward + backward in ms; peak memory in MiB above weights and input (CUDA)."""
-    layer = layer.to(device)
-    tokens = torch.randn(batch, num_tokens, DIM, device=device, requires_grad=True)
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return layer(tokens)
-
-    def step() -> None:
-        out = forward()
-        out.backward(torch.ones_like(out))
-
-    with torch.no_grad():
-        forward_ms = milliseconds(forward, device, repeats)
-    step()
-    peak: float | str = ""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        peak = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    step_ms = milliseconds(step, device, repeats)
-    return {"forward_ms": round(forward_ms, 3), "step_ms": round(step_ms, 3), "peak_mib": peak}
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What a figure is worthless without."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    suites = ["op", "layer"] if on_gpu else ["layer"]
+    parser.add_argument("--suites", nargs="+", choices=("op", "layer"), default=suites)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=[*LAYOUTS])
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[2**n * 1024 for n in range(8)], help="of suite op"
     )
-    on_gpu = device.type == "cuda"
+    parser.add_argument("--items", nargs="+", default=[""], help="parts of the names of ops")
+    parser.add_argument("--backend", default="auto", help="of our ops")
+    parser.add_argument("--flex-tokens", type=int, nargs="*", default=[8192, 65536])
+    parser.add_argument("--layer-tokens", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--batch", type=int, default=1, help="of suite layer")
+    parser.add_argument("--check-tokens", type=int, default=2064 if on_gpu else 144)
+    parser.add_argument("--seconds", type=float, default=0.15, help="of repeating, each direction")
+    parser.add_argument("--warm-seconds", type=float, default=120.0 if on_gpu else 0.0)
+    parser.add_argument("--docs", type=Path, default=plots.DOCS, help="where the plots go")
+    workers.common_options(parser, minutes=8.5)
+    return parser.parse_args(argv)
+
+
+def jobs_of(group: str, options: argparse.Namespace) -> list[Job]:
+    """What a worker does, in order."""
+    if group == "layer":
+        return [(name, tokens) for tokens in options.layer_tokens for name in layer.LAYERS]
+    return [
+        (name, tokens)
+        for stage in STAGES
+        for tokens in (options.tokens if "window flex" not in stage else options.flex_tokens)
+        for name in stage
+        if any(part in name for part in options.items)
+    ]
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+# ---- one worker, one head layout ------------------------------------------------------------
+
+
+class Bench:
+    """Times items of one head layout, each once its check holds."""
+
+    def __init__(self, group: str, options: argparse.Namespace) -> None:
+        self.layout, self.options = LAYOUTS[group], options
+        self.device: torch.device = options.device
+        self.dtype = dtype_on(self.device)
+        self.backend = ops.resolve_backend(options.backend)
+        self.verdicts: dict[str, Verdict] = {}
+        self.workload = self.new_workload(options.check_tokens)
+
+    def new_workload(self, tokens: int) -> Workload:
+        torch.manual_seed(tokens)
+        return Workload(self.layout, tokens, self.dtype, self.device, self.backend)
+
+    def item(self, name: str, tokens: int) -> Item:
+        """Inputs are shared by the items of one length."""
+        if self.workload.tokens != tokens:
+            self.workload = self.new_workload(tokens)
+        return ITEMS[name](self.workload)
+
+    def verdict(self, name: str) -> Verdict:
+        """All checks of an item at a small length, in the dtype it is timed in."""
+        if name not in self.verdicts:
+            item = self.item(name, self.options.check_tokens)
+            self.verdicts[name] = summed_up(item)
+            print(f"  {name:<20} check    {self.verdicts[name]}", flush=True)
+        return self.verdicts[name]
+
+    def measure(self, job: Job) -> Row:
+        return columns(job, self.layout, self.dtype, self.backend) | attempt(
+            lambda: self.judge_and_time(*job)
+        )
+
+    def judge_and_time(self, name: str, tokens: int) -> Row:
+        verdict = self.verdict(name)
+        if not verdict.ok:
+            return {"status": f"refused: {verdict.text}"}
+        item = self.item(name, tokens)
+        with any_order(item.order):
+            times = self.time(item)
+        return times | {"check": f"{verdict.worst:.2f}" if item.checks else ""}
+
+    def time(self, item: Item) -> dict[str, float]:
+        seconds = self.options.seconds
+        if item.differentiable:
+            times = measure.forward_and_backward(item.op, item.inputs, self.device, seconds)
+            return times | {"peak_mib": measure.step_memory(item.op, item.inputs, self.device)}
+
+        def run() -> object:
+            return item.op(*item.inputs)
+
+        forward = measure.milliseconds(run, self.device, seconds=seconds)
+        memory = measure.peak_mib(run, self.device)
+        return {"forward_ms": forward, "step_ms": forward, "peak_mib": memory}
+
+    def warm(self, job: Job) -> Row:
+        """Compile what the measurement will need."""
+        name, tokens = job
+        if tokens > WARM_AT_MOST and "flex" not in name:
+            raise Unavailable("compiled by then")
+
+        def once() -> Row:
+            self.verdict(name)
+            item = self.item(name, tokens)
+            with any_order(item.order):
+                with torch.no_grad():
+                    item.op(*item.inputs)
+                if item.differentiable:
+                    measure.step_memory(item.op, item.inputs, self.device)
+            return {}
+
+        return attempt(once)
+
+
+def columns(job: Job, layout: Layout, dtype: torch.dtype, backend: str) -> dict:
+    """What is known of a row before it is measured."""
+    name, tokens = job
     return {
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else f"CPU, {torch.get_num_threads()} threads",
-        "dtype": "bf16 autocast" if on_gpu else "float32",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "command": f"python -m benchmarks.attention {' '.join(sys.argv[1:])}".strip(),
+        "suite": "op",
+        "op": name if name in OURS else name.split()[0],
+        "backend": backend if name in OURS else backend_of(name),
+        **layout.columns,
+        "tokens": tokens,
+        "batch": 1,
+        "dtype": str(dtype).removeprefix("torch."),
+        "sizes": measure.sizes_of(PAPER),
     }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--device", type=torch.device, default=torch.device(default))
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--commit", help="of a copy without its git history")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
+def summed_up(item: Item) -> Verdict:
+    """One verdict of all of an item's checks; one that raises is red."""
+    try:
+        found = [check() for check in item.checks]
+    except Exception as error:
+        return Verdict(False, f"{type(error).__name__}: {str(error)[:200]}", float("nan"))
+    if not found:
+        return Verdict(True, f"unchecked: {item.unchecked}", float("nan"))
+    return Verdict(
+        all(verdict.ok for verdict in found),
+        "; ".join(verdict.text for verdict in found),
+        max(verdict.worst for verdict in found),
+    )
+
+
+def work(options: argparse.Namespace, told: Assignment) -> None:
+    # The backward pass of a compiled op is timed several times over one graph.
+    functorch.donated_buffer = False
+    context = measure.environment(
+        options.device, date=told.date, command=told.command, commit=options.commit
+    )
+    jobs = jobs_of(told.group, options)
+    if told.group == "layer":
+
+        def run(job: Job) -> Row:
+            return layer.measure_layer(job, options.batch, options.device, options.seconds)
+    else:
+        bench = Bench(told.group, options)
+        run = bench.warm if told.warm else bench.measure
+    workers.work(told, jobs, run, context, options.out)
+
+
+# ---- all of them ------------------------------------------------------------
 
 
 def main() -> None:
     options = parse()
-    where = environment(options.device)
-    where["commit"] = options.commit or where["commit"] or "unknown"
-    is_new = not options.out.exists()
-    with options.out.open("a", newline="") as file:
-        writer = None
-        for num_tokens in options.tokens:
-            for name, build in LAYERS.items():
-                figures = measure(
-                    build(), num_tokens, options.batch, options.device, options.repeats
-                )
-                row = (
-                    {"layer": name, "tokens": num_tokens, "batch": options.batch} | figures | where
-                )
-                if writer is None:
-                    writer = csv.DictWriter(file, row)
-                    if is_new:
-                        writer.writeheader()
-                writer.writerow(row)
-                shown = "  ".join(f"{value:>10}" for value in figures.values())
-                print(
-                    f"{name:>18}  T {num_tokens:>6}  {shown}  (fwd ms, fwd+bwd ms, MiB)", flush=True
-                )
+    if options.worker:
+        return work(options, options.worker)
+    stop = time.time() + 60 * options.minutes
+    groups = [*options.layouts] if "op" in options.suites else []
+    if options.warm_seconds and groups:
+        workers.warm_up(MODULE, groups, min(options.warm_seconds, 0.3 * 60 * options.minutes))
+    weights = {name: 4000 + LAYOUTS[name].heads * LAYOUTS[name].dim_head for name in groups}
+    if "layer" in options.suites:
+        groups.append("layer")
+        weights["layer"] = 1500
+
+    def describe(group: str, job: Job) -> Row:
+        if group == "layer":
+            return layer.columns(job, options.batch, options.device)
+        return columns(job, LAYOUTS[group], dtype_on(options.device), options.backend)
+
+    jobs = {group: jobs_of(group, options) for group in groups}
+    date = workers.run_groups(MODULE, options, jobs, weights, describe, stop)
+    if "op" in options.suites:
+        print(plots.report(measure.read(options.out), date, options.docs), flush=True)
 
 
 if __name__ == "__main__":

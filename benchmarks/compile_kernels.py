@@ -106,7 +106,7 @@ def exercise(
     out.sum().backward()
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--heads", default="64/4")
@@ -116,7 +116,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--sizes", default="32/16/64/16/512", help="l/d/l'/n/w")
     parser.add_argument("--acyclic", action="store_true", help="causal=False")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     size, d, block, n, w = map(int, args.sizes.split("/"))
     cfg = NSAConfig(
         compress_block_size=size, compress_block_sliding_stride=d, selection_block_size=block,
@@ -127,18 +131,12 @@ def main(argv: list[str] | None = None) -> int:
     def report(name, values, options, compiled):
         nonlocal worst
         registers, stack = resources(compiled)
-        matrix = set(
-            re.findall(
-                r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)|(mma\.sync)", compiled.asm["ptx"]
-            )
-        )
-        matrix = " ".join(sorted({a or b for a, b in matrix}))
-        rule = values.get("RULE", "")
+        matrix = " ".join(sorted(set(re.findall(MATRIX, compiled.asm["ptx"]))))
         shared = compiled.metadata.shared
         worst = max(worst, shared)
         print(
-            f"{name:22s}{rule:8s} warps {options.get('num_warps')} registers {registers:3d} "
-            f"stack {stack:5d} shared {shared:6d} {matrix}",
+            f"{name:22s}{values.get('RULE', ''):8s} warps {options.get('num_warps')} registers "
+            f"{registers:3d} stack {stack:5d} shared {shared:6d} {matrix}",
             flush=True,
         )
 

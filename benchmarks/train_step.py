@@ -1,0 +1,223 @@
+"""Speed and memory of a training step: `python -m benchmarks.train_step --help`.
+
+The twins nsa, dense and window of conf/model, by length at a constant number of tokens a step, on
+each backend, compiled (block by block, as train.py does with compile=true) or not. `example` is the
+model that native-sparse-attention-pytorch trains in its own example: 8192 tokens a step.
+
+A step is forward, backward, clipping and a fused AdamW, in bf16 autocast on a GPU. `gpu_busy` is
+the share of it in which the GPU works; the rest waits for the host. Rows go to results.csv.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+from benchmarks import measure, workers
+from benchmarks.workers import Assignment, Job, Row, Unavailable, attempt
+from callbacks.throughput import peak_flops_of
+from nsa import ops
+from nsa.attention import SparseAttention, WindowAttention
+from nsa.lightning_module import adamw, total_nats
+from nsa.transformer import Transformer
+
+MODULE = "benchmarks.train_step"
+CONF = Path(__file__).parents[1] / "conf"
+KINDS = ("nsa", "dense", "window")
+EXAMPLE_TOKENS = 8192  # a step
+EXAMPLE_LENGTHS = (8192, 512)
+EXAMPLE = (  # what differs from nsa_small
+    "model.depth=6",
+    "model.kv_heads=4",
+    "attention.sliding_window_size=64",
+    "attention.compress_block_size=16",
+    "attention.compress_block_sliding_stride=8",
+    "attention.selection_block_size=16",
+    "attention.num_selected_blocks=4",
+)
+BACKENDS_AT_MOST = {"reference": 4096}  # tokens: its memory grows with T x T
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    sizes = ("example", "medium", "small", "tiny")
+    powers = [2**n * 1024 for n in range(7)]
+    best = ops.resolve_backend("auto")
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=["example", "medium", "small"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--backends", nargs="+", choices=ops.BACKENDS, default=[best])
+    parser.add_argument("--tokens", type=int, nargs="+", default=powers, help="of one sequence")
+    parser.add_argument(
+        "--compiled-tokens", type=int, nargs="*", default=[1024, 16384, 32768, 65536],
+        help="of these also the compiled model",
+    )  # fmt: skip
+    parser.add_argument("--tokens-per-step", type=int, default=65536, help="of small and medium")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of repeating a step")
+    parser.add_argument("--warm-seconds", type=float, default=150.0, help="compiling ahead; 0: not")
+    workers.common_options(parser, minutes=8.5)
+    return parser.parse_args(argv)
+
+
+def jobs_of(size: str, options: argparse.Namespace) -> list[Job]:
+    """The longest first: there the twins differ most."""
+    lengths = EXAMPLE_LENGTHS if size == "example" else sorted(options.tokens, reverse=True)
+    jobs = []
+    for tokens in lengths:
+        for kind in options.kinds:
+            for backend in ["sdpa"] if kind == "dense" else options.backends:
+                if tokens > BACKENDS_AT_MOST.get(backend, tokens):
+                    continue
+                jobs.append((f"{kind} {backend}", tokens))
+                if size == "example" or tokens in options.compiled_tokens:
+                    jobs.append((f"{kind} {backend} compiled", tokens))
+    return jobs
+
+
+def model_options(size: str, kind: str, backend: str, tokens: int) -> dict[str, Any]:
+    """The arguments of `Transformer`, as conf/ has them."""
+    overrides = [f"model={kind}_{'small' if size == 'example' else size}"]
+    overrides += EXAMPLE if size == "example" else ()
+    overrides += [f"model.seq_len={tokens}", "run_dir=."]
+    if kind != "dense":
+        overrides.append(f"attention.backend={backend}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides)
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    optimizer: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
+    del model["name"]
+    return {"model": model, "optimizer": optimizer}
+
+
+def batch_size(size: str, tokens: int, options: argparse.Namespace) -> int:
+    per_step = EXAMPLE_TOKENS if size == "example" else options.tokens_per_step
+    if per_step % tokens:
+        raise Unavailable(f"{per_step} tokens a step are not whole sequences of {tokens}")
+    return per_step // tokens
+
+
+def columns(size: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """What is known of a row before it is measured."""
+    kind, backend = job[0].split(maxsplit=1)
+    return {
+        "suite": "train_step",
+        "op": f"{kind}_{size}",
+        "backend": backend,
+        "tokens": job[1],
+        "batch": batch_size(size, job[1], options),
+        "dtype": "bf16 autocast" if options.device.type == "cuda" else "float32",
+    }
+
+
+class Step:
+    """One step of training on random tokens, as `NSALightningModule` and its Trainer take it."""
+
+    def __init__(
+        self, model: Transformer, optimizer: dict[str, Any], batch: int, device: torch.device
+    ) -> None:
+        self.model, self.device = model.to(device), device
+        self.optimizer = adamw(self.model, **optimizer)
+        shape = (batch, model.seq_len + 1)
+        self.tokens = torch.randint(model.embedding.num_embeddings, shape, device=device)
+
+    def __call__(self) -> torch.Tensor:
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
+            nats, count = total_nats(self.model, self.tokens)
+            loss = nats / count
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def build(size: str, job: Job, options: argparse.Namespace, depth: int | None = None) -> Step:
+    kind, backend, *rest = job[0].split()
+    torch.manual_seed(0)
+    built = model_options(size, kind, backend, job[1])
+    with options.device:  # where its weights are drawn, too
+        model = Transformer(**built["model"] | ({"depth": depth} if depth else {}))
+    if rest:
+        torch._dynamo.reset()  # each model and length is a program of its own
+        for block in model.layers:
+            block.compile()
+    return Step(model, built["optimizer"], batch_size(size, job[1], options), options.device)
+
+
+def measure_step(step: Step, seconds: float) -> Row:
+    """Time, speed and memory of a step that is ready to be taken."""
+    device, model = step.device, step.model
+    batch, tokens = step.tokens.shape[0], step.tokens.shape[1] - 1
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step()  # allocates the optimizer's state
+    step_ms = measure.milliseconds(step, device, seconds=seconds, most=50)
+    per_second = 1e3 * batch * tokens / step_ms
+    row = architecture(model) | {"step_ms": step_ms, "tokens_per_second": per_second}
+    if device.type == "cuda":
+        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        row["gpu_busy"] = measure.busy_milliseconds(step) / step_ms
+        peak = peak_flops_of(torch.cuda.get_device_name(device))
+        if peak is not None:
+            row["mfu"] = per_second * model.flops_per_token(tokens) / peak
+    return row
+
+
+def architecture(model: Transformer) -> dict[str, Any]:
+    attention = model.blocks[0].attention
+    row: dict[str, Any] = {
+        "heads": attention.heads,
+        "kv_heads": attention.kv_heads,
+        "dim_head": attention.dim_head,
+    }
+    if isinstance(attention, SparseAttention):
+        row["sizes"] = measure.sizes_of(attention.cfg)
+    if isinstance(attention, WindowAttention):
+        row["sizes"] = f"w{attention.cfg.sliding_window_size}"
+    return row
+
+
+def work(options: argparse.Namespace, told: Assignment) -> None:
+    context = measure.environment(
+        options.device, date=told.date, command=told.command, commit=options.commit
+    )
+
+    def run(job: Job) -> Row:
+        known = columns(told.group, job, options)
+        return known | attempt(
+            lambda: measure_step(build(told.group, job, options), options.seconds)
+        )
+
+    def warm(job: Job) -> Row:
+        """All layers share one program: one layer compiles it."""
+        if not job[0].endswith("compiled"):
+            raise Unavailable("is not compiled")
+        return attempt(lambda: {"loss": build(told.group, job, options, depth=1)()})
+
+    workers.work(
+        told, jobs_of(told.group, options), warm if told.warm else run, context, options.out
+    )
+
+
+def main() -> None:
+    options = parse()
+    if options.worker:
+        return work(options, options.worker)
+    stop = time.time() + 60 * options.minutes
+    jobs = {size: jobs_of(size, options) for size in options.sizes}
+    if options.warm_seconds and any("compiled" in job[0] for size in jobs for job in jobs[size]):
+        workers.warm_up(MODULE, [*jobs], min(options.warm_seconds, 0.35 * 60 * options.minutes))
+    weights = {size: len(jobs[size]) * (3.0 if size == "medium" else 1.0) for size in jobs}
+    workers.run_groups(
+        MODULE, options, jobs, weights, lambda size, job: columns(size, job, options), stop
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""What `benchmarks.attention` times of ours: the whole op and each of its parts.
+
+Letters: B batch (1 here), T tokens, H query heads, G key/value heads, D head dimension.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.judge import Verdict, any_order, judge, judge_selection
+from benchmarks.workers import Unavailable
+from nsa import ops, reference
+from nsa.config import NSAConfig
+
+PAPER = NSAConfig()  # its sizes are the defaults
+BOTH_ORDERS = (True, False)  # of selected attention: query tiles outside, or key blocks outside
+TILES_AT_MOST = 32768  # tokens: tiles pass over T x T / 2 scores
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many heads of which width."""
+
+    heads: int
+    kv_heads: int
+    dim_head: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.heads}/{self.kv_heads} D{self.dim_head}"
+
+    @property
+    def columns(self) -> dict[str, int]:
+        return {"heads": self.heads, "kv_heads": self.kv_heads, "dim_head": self.dim_head}
+
+
+LAYOUTS = {
+    "64/4": Layout(64, 4, 128),  # the paper's
+    "32/8": Layout(32, 8, 128),
+    "8/4": Layout(8, 4, 64),
+    "16/16": Layout(16, 16, 128),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Random inputs of one length, as projections would hand them to the op."""
+
+    layout: Layout
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    cfg: NSAConfig = PAPER
+
+    def new(self, heads: int) -> Tensor:
+        shape = (1, self.tokens, heads, self.layout.dim_head)
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def q(self) -> Tensor:
+        return self.new(self.layout.heads)
+
+    @cached_property
+    def keys_and_values(self) -> list[Tensor]:
+        """k and v of the compressed, the selected and the sliding branch."""
+        return [self.new(self.layout.kv_heads) for _ in range(6)]
+
+    @cached_property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.keys_and_values[0], self.keys_and_values[1]
+
+    @cached_property
+    def gates(self) -> Tensor:
+        shape = (1, self.tokens, self.layout.heads, 3)
+        return torch.rand(shape, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def compressed(self) -> tuple[Tensor, Tensor]:
+        """k_cmp and v_cmp."""
+        return pooled(self.qkv[1], self.cfg), pooled(self.qkv[2], self.cfg)
+
+    @cached_property
+    def lse(self) -> Tensor:
+        return self.ops.compressed_attention(self.q, *self.compressed, self.cfg)[1]
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """The blocks that this backend selects."""
+        return self.ops.select_blocks(self.q, self.compressed[0], self.lse, self.cfg)
+
+    @property
+    def ops(self) -> ops.Backend:
+        return ops.BACKENDS[self.backend]
+
+    def compare(
+        self,
+        op: Callable,
+        oracle: Callable,
+        inputs: Sequence[Tensor],
+        names: str,
+        *,
+        order: bool | None = None,
+        strict: bool = True,
+    ) -> Callable[[], Verdict]:
+        """A check to be run later: `judge`, with selected attention in one loop order."""
+
+        def check() -> Verdict:
+            with any_order(order):
+                return judge(op, oracle, inputs, names, self.dtype, strict=strict)
+
+        return check
+
+    @property
+    def orders(self) -> Sequence[bool | None]:
+        """The loop orders to check: which one is taken depends on T, and T is small in a check."""
+        return BOTH_ORDERS if self.backend == "triton" else (None,)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One op to time on its inputs, once its checks hold."""
+
+    op: Callable[..., Any]
+    inputs: Sequence[Tensor]
+    checks: Sequence[Callable[[], Verdict]]
+    differentiable: bool = True
+    order: bool | None = None
+    unchecked: str = ""  # why there are no checks
+
+
+def pooled(x: Tensor, cfg: NSAConfig) -> Tensor:
+    """Mean-pooled keys or values [B, C, G, D]."""
+    return x.unfold(1, cfg.compress_block_size, cfg.compress_block_sliding_stride).mean(-1)
+
+
+def nsa(
+    backend: Any, cfg: NSAConfig, gates: Tensor, q: Tensor, *kv: Tensor, indices=None
+) -> Tensor:
+    """NSA from projected heads to the gated sum; `backend` is any namespace of the ops."""
+    k_raw, v_raw, k_slc, v_slc, k_win, v_win = kv
+    k_cmp, v_cmp = pooled(k_raw, cfg), pooled(v_raw, cfg)
+    compressed, lse = backend.compressed_attention(q, k_cmp, v_cmp, cfg)
+    if indices is None:
+        indices = backend.select_blocks(q, k_cmp, lse, cfg)
+    selected = backend.selected_attention(q, k_slc, v_slc, indices, cfg)
+    sliding = backend.sliding_window_attention(q, k_win, v_win, cfg)
+    return backend.combine(gates, compressed, selected, sliding)
+
+
+def whole(w: Workload) -> Item:
+    """Judged with the blocks it selects itself: a tie that falls otherwise is no error."""
+
+    def op(*inputs: Tensor) -> Tensor:
+        return nsa(w.ops, w.cfg, *inputs)
+
+    def oracle(*inputs: Tensor) -> Tensor:
+        return nsa(reference, w.cfg, *inputs, indices=w.indices)
+
+    inputs = (w.gates, w.q, *w.keys_and_values)
+    names = "out dgates dq dk_cmp dv_cmp dk_slc dv_slc dk_win dv_win"
+    checks = [w.compare(op, oracle, inputs, names, order=order) for order in w.orders]
+    return Item(op, inputs, [*select(w).checks, *checks])
+
+
+def compressed(w: Workload) -> Item:
+    inputs = (w.q, *w.compressed)
+    check = w.compare(
+        lambda q, k, v: w.ops.compressed_attention(q, k, v, w.cfg),
+        lambda q, k, v: reference.compressed_attention(q, k, v, w.cfg),
+        inputs,
+        "out lse dq dk dv",
+    )
+
+    def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return w.ops.compressed_attention(q, k, v, w.cfg)[0]
+
+    return Item(op, inputs, [check])
+
+
+def select(w: Workload) -> Item:
+    def check() -> Verdict:
+        q, k_cmp, v_cmp = (x.double() for x in (w.q, *w.compressed))
+        lse = reference.compressed_attention(q, k_cmp, v_cmp, w.cfg)[1]
+        return judge_selection(w.ops.select_blocks, q, k_cmp, lse, w.cfg, w.dtype)[0]
+
+    def op(q: Tensor, k_cmp: Tensor, lse: Tensor) -> Tensor:
+        return w.ops.select_blocks(q, k_cmp, lse, w.cfg)
+
+    inputs = (w.q, w.compressed[0], w.lse)
+    return Item(op, inputs, [check], differentiable=False)
+
+
+def selected(w: Workload, order: bool | None = None) -> Item:
+    if order is not None and w.backend != "triton":
+        raise Unavailable(f"backend {w.backend} has one loop order")
+    if order and w.tokens > TILES_AT_MOST:
+        raise Unavailable(f"tiles pass over every key: left out beyond {TILES_AT_MOST} tokens")
+
+    def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return w.ops.selected_attention(q, k, v, w.indices, w.cfg)
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.selected_attention(q, k, v, w.indices, w.cfg)
+
+    orders = w.orders if order is None else (order,)
+    checks = [w.compare(op, oracle, w.qkv, "out dq dk dv", order=each) for each in orders]
+    return Item(op, w.qkv, checks, order=order)
+
+
+def window(w: Workload) -> Item:
+    def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return w.ops.sliding_window_attention(q, k, v, w.cfg)
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.sliding_window_attention(q, k, v, w.cfg)
+
+    check = w.compare(op, oracle, w.qkv, "out dq dk dv")
+    return Item(op, w.qkv, [check])
+
+
+def combine(w: Workload) -> Item:
+    inputs = (w.gates, *(w.new(w.layout.heads) for _ in range(3)))
+    check = w.compare(w.ops.combine, reference.combine, inputs, "out dgates da db dc")
+    return Item(w.ops.combine, inputs, [check])
+
+
+def pool(w: Workload) -> Item:
+    """Both keys and values, as in the whole."""
+
+    def op(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return pooled(k, w.cfg), pooled(v, w.cfg)
+
+    inputs = w.qkv[1:]
+    check = w.compare(op, op, inputs, "k v dk dv")
+    return Item(op, inputs, [check])
+
+
+OURS: dict[str, Callable[[Workload], Item]] = {
+    "nsa": whole,
+    "compressed": compressed,
+    "select": select,
+    "selected": selected,
+    "selected tiles": lambda w: selected(w, order=True),
+    "selected blocks": lambda w: selected(w, order=False),
+    "window": window,
+    "combine": combine,
+    "pool": pool,
+}
