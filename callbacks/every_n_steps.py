@@ -1,6 +1,7 @@
 """The base of callbacks that do something after every n-th optimizer step."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class EveryNSteps(Callback):
+class EveryNSteps(Callback, ABC):
     """Calls `on_nth_step` once after every n-th optimizer step, whatever the accumulation.
 
     Idle under `fast_dev_run`. `seconds` is the time spent in `on_nth_step`, so that throughput can
@@ -51,9 +52,9 @@ class EveryNSteps(Callback):
             self.on_nth_step(trainer, pl_module, batch)
             self.seconds += time.perf_counter() - start
 
+    @abstractmethod
     def on_nth_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """`trainer.global_step` optimizer steps are done; `batch` is the last micro-batch."""
-        raise NotImplementedError
 
 
 def synchronize(device: torch.device) -> None:

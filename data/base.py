@@ -5,6 +5,7 @@ where the last windows of a validation or test split are padded.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 
 
-class TokenDataModule(L.LightningDataModule):
+class TokenDataModule(L.LightningDataModule, ABC):
     """What every corpus shares; a subclass says what its tokens are made from, and makes them.
 
     Args:
@@ -76,13 +77,13 @@ class TokenDataModule(L.LightningDataModule):
         self.splits: dict[str, TokenSplit] = {}
         self.tokenizer: AnyTokenizer = ByteTokenizer()
 
+    @abstractmethod
     def source(self) -> dict[str, Any]:
         """Everything the tokens depend on, as plain JSON values: the identity of the shards."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, folder: Path) -> None:
         """Write the tokens of all splits into `folder`, through `self.writer`."""
-        raise NotImplementedError
 
     def writer(self, folder: Path, tokenizer: AnyTokenizer) -> ShardWriter:
         """A writer for this corpus, the tokenizer saved beside the tokens."""

@@ -107,8 +107,6 @@ class SparseAttention(nn.Module):
         self.compressed_output = compressed_output
         self.rope_base = rope_base
         self.backend = ops.resolve_backend(backend, use_diff_topk=self.use_diff_topk)
-        if num_compressed_mem_kv < 0:
-            raise ValueError(f"num_compressed_mem_kv={num_compressed_mem_kv} must be at least 0")
         phi = compress_mlp
         if phi is None:
             phi = CompressMLP(dim_head, compress_block_size, compress_mlp_expand_factor)
@@ -125,6 +123,8 @@ class SparseAttention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def _build_compression(self, phi: nn.Module, num_memories: int) -> None:
+        if num_memories < 0:
+            raise ValueError(f"num_compressed_mem_kv={num_memories} must be at least 0")
         cfg, groups, width = self.cfg, self.kv_heads, self.dim_head
         # Compressed keys that only rank blocks have no gradient: no positions then.
         learns = self.compressed_output or self.use_diff_topk
