@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import checkpoints
+import resume
 from data.tokenizer import restored_tokenizer
 from nsa.lightning_module import NSALightningModule
 
@@ -51,7 +52,7 @@ def generate(options: Options) -> str:
     """The prompt and what the model makes of it."""
     path = Path(options.ckpt)
     if options.ckpt == "last":
-        path = checkpoints.find_last(Path("outputs"), {})
+        path = resume.find_last(Path("outputs"), {})
     if not path.is_file():
         raise FileNotFoundError(f"ckpt={path}: there is no such file")
     checkpoint = checkpoints.check(path)

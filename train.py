@@ -28,6 +28,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
+import resume
 from callbacks.throughput import Throughput
 from nsa.lightning_module import NSALightningModule
 
@@ -62,8 +63,8 @@ def build(cfg: DictConfig) -> Run:
         datamodule.setup("fit")
         if cfg.ckpt_path:
             order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
-            checkpoints.check_same_run(checkpoints.check(Path(cfg.ckpt_path)), settings, order)
-            checkpoints.remember(Path(cfg.run_dir), cfg, HydraConfig.get().overrides.task)
+            resume.check_same_run(checkpoints.check(Path(cfg.ckpt_path)), settings, order)
+            resume.remember(Path(cfg.run_dir), cfg, HydraConfig.get().overrides.task)
     return Run(module, datamodule, trainer)
 
 
@@ -84,7 +85,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     model, data = settings["model"]["vocab_size"], settings["data"]["vocab_size"]
     if model < data:
         raise ValueError(f"model.vocab_size={model} must be at least data.vocab_size={data}")
-    for path, value in checkpoints.flatten(settings, ""):
+    for path, value in resume.flatten(settings, ""):
         if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "maybe"):
             raise ValueError(
                 f"{path[1:]}={value} is text, which counts as true: write true or false"
@@ -213,7 +214,7 @@ if __name__ == "__main__":
     for warning in NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=warning)
     try:
-        sys.argv[1:] = checkpoints.resume_arguments(sys.argv[1:])
+        sys.argv[1:] = resume.resume_arguments(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     main()

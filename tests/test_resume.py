@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 import checkpoints
 import generate
+import resume
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "train.py")
@@ -47,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     threads = {"OMP_NUM_THREADS": "1"}
     environment = os.environ | threads | {"NSA_DATA_DIR": str(folder / "data")}
+    environment.pop("WANDB_SERVICE", None)  # an earlier test's: it would outlive the killed run
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(
         [sys.executable, TRAIN, *arguments], cwd=folder, env=environment, **pipes
@@ -105,18 +107,18 @@ def test_a_checkpoint_is_all_that_generate_needs(folder: Path) -> None:
 
 def test_a_sweep_cannot_go_on() -> None:
     with pytest.raises(ValueError, match="without -m"):
-        checkpoints.resume_arguments(["-m", "ckpt_path=last"])
+        resume.resume_arguments(["-m", "ckpt_path=last"])
 
 
 def test_last_is_the_newest_run_of_what_was_typed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="runs with checkpoints: none"):
-        checkpoints.find_last(tmp_path, {})
+        resume.find_last(tmp_path, {})
     make_run(tmp_path / "a" / "1", age=3, model="nsa_tiny")
     make_run(tmp_path / "b" / "2", age=2, model="dense_tiny", overrides=["name=b"])
     make_run(tmp_path / "sweeps" / "now" / "0", age=0, model="nsa_tiny")
 
     def last(*typed: str) -> str:
-        found = checkpoints.find_last(tmp_path, {checkpoints.key(t): t for t in typed})
+        found = resume.find_last(tmp_path, {resume.key(t): t for t in typed})
         return found.parents[1].name
 
     assert last() == "2"
@@ -129,18 +131,18 @@ def test_last_is_the_newest_run_of_what_was_typed(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
     run = tmp_path / "a" / "1"
     path = make_run(run, age=1, model="nsa_tiny", overrides=["seed=1", "+x.y=2"])
-    resumed = checkpoints.resume_arguments(["ckpt_path=last", "x.y=3"], tmp_path)
+    resumed = resume.resume_arguments(["ckpt_path=last", "x.y=3"], tmp_path)
     where = [f"hydra.run.dir='{run}'", "hydra.output_subdir=null"]
     assert resumed == ["seed=1", "x.y=3", f"ckpt_path='{path}'", *where]
-    assert checkpoints.resume_arguments(resumed, tmp_path) == [
+    assert resume.resume_arguments(resumed, tmp_path) == [
         "seed=1",
         *resumed[1:2],
         *where,
         f"ckpt_path='{path}'",
     ]
-    assert checkpoints.resume_arguments(["x.y=3"], tmp_path) == ["x.y=3"]
+    assert resume.resume_arguments(["x.y=3"], tmp_path) == ["x.y=3"]
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        checkpoints.resume_arguments(["ckpt_path=nowhere.ckpt"], tmp_path)
+        resume.resume_arguments(["ckpt_path=nowhere.ckpt"], tmp_path)
 
 
 def make_run(run: Path, *, age: int, model: str, overrides: list[str] | None = None) -> Path:
@@ -207,9 +209,9 @@ def test_a_resumed_run_keeps_its_order_of_samples() -> None:
     settings = {"model": {"dim": 8}, "optimizer": {"lr": 0.1}}
     order = {"seed": 0, "seq_len": 8, "sequences_per_step": 32}
     checkpoint = {"hyper_parameters": settings, "Corpus": {"sample_order": order}}
-    checkpoints.check_same_run(checkpoint, settings, order)
+    resume.check_same_run(checkpoint, settings, order)
     with pytest.raises(ValueError, match="sequences_per_step=16, the checkpoint has 32"):
-        checkpoints.check_same_run(checkpoint, settings, order | {"sequences_per_step": 16})
+        resume.check_same_run(checkpoint, settings, order | {"sequences_per_step": 16})
 
 
 def test_a_resumed_run_keeps_its_model_and_optimizer() -> None:
@@ -217,9 +219,9 @@ def test_a_resumed_run_keeps_its_model_and_optimizer() -> None:
     settings = {"model": model, "optimizer": {"lr": 0.1, "fused": True}}
     checkpoint = {"hyper_parameters": settings}
     free = {"model": model | {"dropout": 0.0}, "optimizer": {"lr": 0.1, "fused": False}}
-    checkpoints.check_same_run(checkpoint, free, {})
+    resume.check_same_run(checkpoint, free, {})
     other = {"model": model | {"attention": {"kv_per_branch": False}}, "optimizer": {"lr": 0.2}}
     with pytest.raises(ValueError) as refusal:
-        checkpoints.check_same_run(checkpoint, other, {})
+        resume.check_same_run(checkpoint, other, {})
     assert "model.attention.kv_per_branch=False, the checkpoint has True" in str(refusal.value)
     assert "optimizer.lr=0.2, the checkpoint has 0.1" in str(refusal.value)
