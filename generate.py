@@ -52,7 +52,7 @@ def generate(options: Options) -> str:
     """The prompt and what the model makes of it."""
     path = Path(options.ckpt)
     if options.ckpt == "last":
-        path = resume.find_last(Path("outputs"), {})
+        path = resume.newest_whole(resume.find_last(Path("outputs"), {}))
     if not path.is_file():
         raise FileNotFoundError(f"ckpt={path}: there is no such file")
     checkpoint = checkpoints.check(path)

@@ -29,7 +29,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
 import resume
+from callbacks.preemption import EXIT_CODE, Preempted
 from callbacks.throughput import Throughput
+from data.base import TokenDataModule
 from nsa.lightning_module import NSALightningModule
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ NOT_FOR_USERS = (
 
 class Run(NamedTuple):
     module: NSALightningModule
-    datamodule: L.LightningDataModule
+    datamodule: TokenDataModule
     trainer: L.Trainer
 
 
@@ -57,7 +59,9 @@ def build(cfg: DictConfig) -> Run:
     module = NSALightningModule(**parts)
     trainer = build_trainer(cfg)
     module.check_trainer(trainer)
-    datamodule = instantiate(cfg.data)
+    micro_batch_size, trainer.accumulate_grad_batches = divide_step(trainer.world_size, **cfg.batch)
+    trainer.val_check_interval = cfg.val_every_n_steps * trainer.accumulate_grad_batches
+    datamodule = instantiate(cfg.data, micro_batch_size=micro_batch_size)
     if trainer.local_rank == 0:
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -74,7 +78,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the value, the rule and the way out.
     """
-    for name in ("accumulate_grad_batches", "micro_batch_size"):
+    for name in ("sequences_per_step", "micro_batch_size"):
         if settings["batch"][name] < 1:
             raise ValueError(f"batch.{name}={settings['batch'][name]} must be at least 1")
     if settings["val_every_n_steps"] < 1:
@@ -92,8 +96,28 @@ def check_settings(settings: dict[str, Any]) -> None:
             )
 
 
+def divide_step(
+    world_size: int, *, sequences_per_step: int, micro_batch_size: int
+) -> tuple[int, int]:
+    """Sequences that a process takes at once, and how often a step: as few times as fit.
+
+    The step is the same on any number of processes; `micro_batch_size` is the most that fits one.
+
+    Raises:
+        ValueError: if the processes cannot have equal shares of a step.
+    """
+    share, rest = divmod(sequences_per_step, world_size)
+    if rest:
+        raise ValueError(
+            f"batch.sequences_per_step={sequences_per_step} must be a multiple of the {world_size} "
+            "processes that share a step: change it, or trainer.devices"
+        )
+    at_once = max(n for n in range(1, min(micro_batch_size, share) + 1) if share % n == 0)
+    return at_once, share // at_once
+
+
 def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """The trainer with its callbacks and loggers; validation is counted in optimizer steps."""
+    """The trainer with its callbacks and loggers."""
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
     notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -101,7 +125,6 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     trainer = instantiate(
         cfg.trainer,
         precision=resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator),
-        val_check_interval=cfg.val_every_n_steps * cfg.batch.accumulate_grad_batches,
         callbacks=callbacks,
         logger=loggers,
     )
@@ -149,14 +172,17 @@ def finite(value: Any) -> float | None:
 
 def summary(run: Run, cfg: DictConfig) -> str:
     """What is about to run, as a table."""
-    model, trainer, seq_len = run.module.model, run.trainer, cfg.model.seq_len
-    sequences = cfg.batch.micro_batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    model, trainer = run.module.model, run.trainer
+    sequences, seq_len = cfg.batch.sequences_per_step, cfg.model.seq_len
+    shares = f"{trainer.world_size} × {run.datamodule.micro_batch_size} at once"
+    shares += f" × {trainer.accumulate_grad_batches} accumulated"
+    step = f"{sequences * seq_len:,} ({sequences} sequences of {seq_len:,}: {shares})"
     backends = sorted({getattr(block.attention, "backend", "sdpa") for block in model.layers})
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     rows = {
         "model": f"{cfg.model.name}, {model.num_params / 1e6:.2f} M parameters",
-        "tokens per step": f"{sequences * seq_len:,} ({sequences} sequences of {seq_len:,})",
+        "tokens per step": step,
         "steps": f"{trainer.max_steps:,}",
         "visible tokens": f"{model.visible_tokens(seq_len):.0f} keys per query, of all branches",
         "device": f"{trainer.world_size} × {name}",
@@ -201,6 +227,12 @@ def main(cfg: DictConfig) -> float:
         sys.exit(f"{error.__cause__ if known else error}\nHYDRA_FULL_ERROR=1 shows where")
     try:
         return train(run, cfg)
+    except Preempted as told:
+        if run.trainer.is_global_zero:
+            log.warning("%s; it goes on with run_dir=%s", told, cfg.run_dir)
+        wandb.finish()
+        run.trainer.strategy.barrier()  # Lightning would kill rank zero if another left first
+        sys.exit(EXIT_CODE)
     except FloatingPointError as error:
         if not sweeping():
             sys.exit(str(error))
@@ -214,7 +246,7 @@ if __name__ == "__main__":
     for warning in NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message=warning)
     try:
-        sys.argv[1:] = resume.resume_arguments(sys.argv[1:])
+        sys.argv[1:] = resume.arguments(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     main()

@@ -5,6 +5,7 @@ where the last windows of a validation or test split are padded.
 """
 
 import logging
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -159,6 +160,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
             batch_sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
             # An iterator draws a seed for its workers: from here, so that the model's random
             # numbers do not depend on how often a loader was started.
@@ -193,6 +195,14 @@ class TokenDataModule(L.LightningDataModule, ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Ids as text."""
         return self.tokenizer.decode(ids)
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal to end reaches every process of a job: a loader that obeyed would break the step
+    that its trainer still finishes and saves.
+    """
+    for which in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(which, signal.SIG_IGN)
 
 
 def check_at_least(option: str, value: int, least: int) -> None:

@@ -22,7 +22,7 @@ TRAIN = str(ROOT / "train.py")
 LEARNING = (
     *("trainer=cpu", "trainer.max_steps=24", "trainer.log_every_n_steps=2", "val_every_n_steps=8"),
     *("model.dim=32", "model.depth=1", "model.heads=2", "model.dim_head=16", "model.seq_len=32"),
-    *("model.dropout=0.3", "batch.micro_batch_size=2", "batch.accumulate_grad_batches=2"),
+    *("model.dropout=0.3", "batch.sequences_per_step=4", "batch.micro_batch_size=2"),
     *("callbacks.samples.new_tokens=4", "data=text", "data.paths=[corpus.txt]", "test=false"),
 )
 
@@ -106,8 +106,9 @@ def test_a_checkpoint_is_all_that_generate_needs(folder: Path) -> None:
 
 
 def test_a_sweep_cannot_go_on() -> None:
-    with pytest.raises(ValueError, match="without -m"):
-        resume.resume_arguments(["-m", "ckpt_path=last"])
+    for where in ("ckpt_path=last", "run_dir=a", "resume=a"):
+        with pytest.raises(ValueError, match=f"{where} and -m: .*without -m"):
+            resume.arguments(["-m", where])
 
 
 def test_last_is_the_newest_run_of_what_was_typed(tmp_path: Path) -> None:
@@ -118,8 +119,7 @@ def test_last_is_the_newest_run_of_what_was_typed(tmp_path: Path) -> None:
     make_run(tmp_path / "sweeps" / "now" / "0", age=0, model="nsa_tiny")
 
     def last(*typed: str) -> str:
-        found = resume.find_last(tmp_path, {resume.key(t): t for t in typed})
-        return found.parents[1].name
+        return resume.find_last(tmp_path, {resume.key(t): t for t in typed}).name
 
     assert last() == "2"
     assert last("model=nsa_tiny", "trainer.max_steps=9") == "1"
@@ -130,19 +130,77 @@ def test_last_is_the_newest_run_of_what_was_typed(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
     run = tmp_path / "a" / "1"
-    path = make_run(run, age=1, model="nsa_tiny", overrides=["seed=1", "+x.y=2"])
-    resumed = resume.resume_arguments(["ckpt_path=last", "x.y=3"], tmp_path)
-    where = [f"hydra.run.dir='{run}'", "hydra.output_subdir=null"]
-    assert resumed == ["seed=1", "x.y=3", f"ckpt_path='{path}'", *where]
-    assert resume.resume_arguments(resumed, tmp_path) == [
-        "seed=1",
-        *resumed[1:2],
-        *where,
-        f"ckpt_path='{path}'",
-    ]
-    assert resume.resume_arguments(["x.y=3"], tmp_path) == ["x.y=3"]
+    path = make_run(run, age=1, model="nsa_tiny", overrides=["seed=1", "+x.y=2", "resume=never"])
+    resumed = resume.arguments(["ckpt_path=last", "x.y=3"], tmp_path)
+    there = [f"ckpt_path='{path}'", f"hydra.run.dir='{run}'", "hydra.output_subdir=null"]
+    assert resumed == ["seed=1", "x.y=3", *there]
+    again = resume.arguments(resumed, tmp_path)  # as a rank that Lightning starts does
+    assert sorted(again) == sorted(resumed)
+    assert resume.arguments(["x.y=3"], tmp_path) == ["x.y=3"]
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        resume.resume_arguments(["ckpt_path=nowhere.ckpt"], tmp_path)
+        resume.arguments(["ckpt_path=nowhere.ckpt"], tmp_path)
+
+
+def test_a_named_folder_is_begun_or_gone_on_with(tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    folder = f"hydra.run.dir='{run}'"
+    command = ["seed=1", f"run_dir={run}"]
+    assert resume.arguments(command) == ["seed=1", folder]
+    assert resume.arguments([*command, "resume=never"]) == ["seed=1", folder]
+    path = make_run(run, age=1, model="nsa_tiny", overrides=["seed=1"])
+    there = [f"ckpt_path='{path}'", folder, "hydra.output_subdir=null"]
+    assert resume.arguments(command) == ["seed=1", *there]
+    for named in (run, path):
+        assert resume.arguments([f"resume={named}"]) == ["seed=1", *there]
+    with pytest.raises(ValueError, match="resume=never would write over: name another"):
+        resume.arguments([*command, "resume=never"])
+
+
+def test_a_run_can_branch_off_into_a_folder_of_its_own(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "one", age=1, model="nsa_tiny", overrides=["seed=1"])
+    other = tmp_path / "other"
+    branched = resume.arguments([f"resume={path}", f"run_dir={other}"])
+    assert branched == ["seed=1", f"ckpt_path='{path}'", f"hydra.run.dir='{other}'"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "complaint"),
+    [
+        (["ckpt_path=last", "resume=never"], "both say where to go on from"),
+        (["ckpt_path=a.ckpt", "resume=b.ckpt"], "both say where to go on from"),
+        (["ckpt_path=last", "run_dir=a"], "the one looks for a run, the other names it"),
+    ],
+)
+def test_contradictions_are_refused(typed: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        resume.arguments(typed)
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_the_others_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "mine"
+    older, newest = make_run(run, age=2, model="nsa_tiny"), run / "checkpoints" / "step_2.ckpt"
+    newest.write_bytes(older.read_bytes()[:-100])
+    (run / "checkpoints" / "last.ckpt").symlink_to("step_2.ckpt")
+    assert f"ckpt_path='{older}'" in resume.arguments([f"run_dir={run}"])
+    assert f"passed over {newest}: it is damaged" in capsys.readouterr().err
+    older.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole:\n.*\n.*it is empty"):
+        resume.arguments([f"run_dir={run}"])
+
+
+def test_ranks_started_from_outside_share_a_named_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resume.arguments(["seed=1"]) == ["seed=1"]  # Lightning starts the others itself
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="must share one run folder: name it"):
+        resume.arguments(["seed=1"])
+    folder = f"hydra.run.dir='{tmp_path}'"
+    own = ["hydra.output_subdir=null", "hydra.job.name=train_rank_1"]
+    assert resume.arguments([f"run_dir={tmp_path}"]) == [folder, *own]
+    monkeypatch.setenv("RANK", "0")
+    assert resume.arguments([f"run_dir={tmp_path}"]) == [folder]
 
 
 def make_run(run: Path, *, age: int, model: str, overrides: list[str] | None = None) -> Path:
@@ -150,7 +208,7 @@ def make_run(run: Path, *, age: int, model: str, overrides: list[str] | None = N
     path = run / "checkpoints" / "step_1.ckpt"
     path.parent.mkdir(parents=True)
     (run / ".hydra").mkdir()
-    path.write_bytes(b"x")
+    torch.save({part: {} for part in checkpoints.PARTS}, path)
     os.utime(path, (1e9 - age, 1e9 - age))
     choices = {"hydra": {"runtime": {"choices": {"model": model}}}}
     OmegaConf.save(OmegaConf.create(choices), run / ".hydra" / "hydra.yaml")

@@ -4,12 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+OF_LIGHTNING = [  # warnings of Lightning 2.6.6 itself, or of what these runs do on purpose
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+]
 VOCAB, SEQ_LEN, ROWS = 11, 8, 2
 TOKENS_PER_MICRO_BATCH = ROWS * SEQ_LEN
 

@@ -1,0 +1,100 @@
+"""A run that is told to go: SIGTERM or SIGUSR1 to any of its processes saves it and ends it."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from callbacks.step_checkpoint import StepCheckpoint
+
+EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+
+
+class Preempted(Exception):
+    """The run was told to end, and is saved."""
+
+
+class Preemption(Callback):
+    """Saves at the next optimizer step after SIGTERM or SIGUSR1, then raises `Preempted`.
+
+    The signal may reach any rank: at every step the ranks tell one another, over a group of their
+    own on the CPU, so that no device waits. A step is never cut in two: gradients that are being
+    accumulated are not lost. Where a validation is due at that step, or under way, it is finished
+    first; the run is saved before it as well, in case the time is too short. The last step of a
+    run ends it as always.
+
+    In place of Lightning's own handling, which waits for the device in every micro-batch and
+    hangs when a signal reaches one rank alone.
+    """
+
+    def __init__(self) -> None:
+        self._told = False  # this rank; one rank is enough
+        self._saved = False  # because some rank was told
+        self._step = 0
+        self._group: Any = None  # of all ranks, on the CPU; None for one process
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not savers(trainer):
+            raise ValueError(
+                "callbacks.preemption saves through callbacks.checkpoint_last: keep that one too, "
+                "or drop both"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+        loop: Any = trainer.fit_loop.epoch_loop
+        if hasattr(loop, "_broadcast_sigterm_tensor"):  # Lightning's, in every micro-batch
+            loop._broadcast_sigterm_tensor = lambda: None
+        for which in (signal.SIGTERM, signal.SIGUSR1):
+            self._handlers[which] = signal.signal(which, self._hear)
+
+    def _hear(self, which: int, frame: FrameType | None) -> None:
+        self._told = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        self._save_if_told(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save_if_told(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._saved:  # only now have the loggers what there is to say of the last step
+            raise Preempted(f"told to end: saved after step {trainer.global_step}")
+
+    def _save_if_told(self, trainer: Trainer) -> None:
+        told = torch.tensor([int(self._told)])
+        if self._group is not None:
+            dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+        self._saved = bool(told)
+        if self._saved:
+            save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for which, handler in self._handlers.items():
+            signal.signal(which, handler)
+        self._handlers = {}
+
+
+def save(trainer: Trainer) -> None:
+    """Save the run as it stands now, through the callback that keeps its checkpoints."""
+    for saver in savers(trainer):
+        saver.save(trainer)
+
+
+def savers(trainer: Trainer) -> list[StepCheckpoint]:
+    return [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, StepCheckpoint)]

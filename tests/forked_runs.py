@@ -1,0 +1,109 @@
+"""train.py in processes forked from one that has imported everything: a whole run in a second.
+
+The ranks of a run are given the environment that torchrun gives; a signal can be sent from inside
+any micro-batch, so that a test says exactly when.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "callbacks.preemption", "data.datamodule"])
+
+
+class Signal(NamedTuple):
+    """Sent by a rank to itself as it begins a micro-batch (0, 1, …) of an optimizer step (0, …)."""
+
+    which: signal.Signals
+    rank: int
+    step: int
+    micro_batch: int = 0
+
+
+def run(
+    folder: Path, arguments: Sequence[str], *, ranks: int = 1, sent: Signal | None = None
+) -> list[int]:
+    """Exit codes of all ranks of `python train.py ARGUMENTS` in `folder`; output goes to run.log.
+
+    A rank that dies by SIGKILL takes the others with it, as a machine would.
+    """
+    port = free_port()
+    common = (folder, list(arguments), ranks, port, sent)
+    processes = [FORKS.Process(target=one_rank, args=(rank, *common)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode == -signal.SIGKILL for process in processes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.01)
+    codes = []
+    for process in processes:
+        process.join()
+        codes.append(process.exitcode or 0)
+        process.close()
+    return codes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def one_rank(
+    rank: int, folder: Path, arguments: list[str], ranks: int, port: int, sent: Signal | None
+) -> None:
+    os.chdir(folder)
+    log = os.open("run.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ["NSA_DATA_DIR"] = str(folder / "data")
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test",
+        }
+    if sent is not None and sent.rank == rank:
+        arm(sent)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process typed
+    sys.argv = [str(ROOT / "train.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def arm(sent: Signal) -> None:
+    """Make the module send the signal to its own process when that micro-batch begins."""
+    from nsa.lightning_module import NSALightningModule
+
+    step = NSALightningModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        accumulated = module.trainer.accumulate_grad_batches
+        if (module.global_step, batch_idx % accumulated) == (sent.step, sent.micro_batch):
+            os.kill(os.getpid(), sent.which)
+        return step(module, batch, batch_idx)
+
+    NSALightningModule.training_step = training_step
+
+
+def finished(codes: list[int], folder: Path) -> None:
+    """Fail with the output of the run where a rank did not end well."""
+    assert not any(codes), f"exit codes {codes}\n{(folder / 'run.log').read_text()[-4000:]}"

@@ -1,0 +1,101 @@
+"""A signal saves the run at the end of the step it came in; the resume matrix does it for ranks."""
+
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from tiny_run import OF_LIGHTNING, TinyModule, fit
+
+from callbacks.preemption import Preempted, Preemption
+from callbacks.step_checkpoint import StepCheckpoint
+from data.base import leave_signals_to_the_trainer
+
+pytestmark = OF_LIGHTNING
+
+
+class SignalAt(TinyModule):
+    """Signals its own process in a micro-batch, or in a validation, of an optimizer step."""
+
+    def __init__(self, step: int, which: signal.Signals, where: str = "training") -> None:
+        super().__init__()
+        self.when = (where, step)
+        self.which = which
+
+    def training_step(self, batch, batch_idx):
+        if (("training", self.global_step)) == self.when:
+            os.kill(os.getpid(), self.which)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        if (("validation", self.global_step)) == self.when:
+            os.kill(os.getpid(), self.which)
+        super().validation_step(batch, batch_idx)
+
+
+def saver(folder: Path, every: int = 100) -> StepCheckpoint:
+    options = {"monitor": "step", "mode": "max", "auto_insert_metric_name": False}
+    return StepCheckpoint(
+        dirpath=folder,
+        filename="step_{step}",
+        every_n_train_steps=every,
+        save_last="link",
+        enable_version_counter=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_signal_saves_at_the_end_of_its_step(
+    tmp_path: Path, which: signal.Signals, accumulate: int
+) -> None:
+    before = signal.getsignal(which)
+    with pytest.raises(Preempted, match="saved after step 3"):
+        fit(
+            tmp_path,
+            saver(tmp_path),
+            Preemption(),
+            module=SignalAt(2, which),
+            accumulate_grad_batches=accumulate,
+        )
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert signal.getsignal(which) == before
+
+
+@pytest.mark.parametrize(("where", "step"), [("training", 3), ("validation", 4)])
+def test_a_validation_that_is_due_is_finished_first(tmp_path: Path, where: str, step: int) -> None:
+    """The run knows its result: it is not measured again where the run goes on."""
+    measured = []
+
+    class Measured(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                measured.append(trainer.global_step)
+
+    module = SignalAt(step, signal.SIGTERM, where)
+    with pytest.raises(Preempted, match="saved after step 4"):
+        fit(tmp_path, saver(tmp_path), Preemption(), Measured(), module=module)
+    assert measured == [4]
+    fit(tmp_path, saver(tmp_path), Measured(), ckpt_path=tmp_path / "last.ckpt")
+    assert measured == [4, 8]
+
+
+def test_the_last_step_ends_a_run_as_always(tmp_path: Path) -> None:
+    module = SignalAt(7, signal.SIGTERM)
+    trainer = fit(tmp_path, saver(tmp_path), Preemption(), module=module)
+    assert trainer.global_step == 8
+
+
+def test_it_needs_what_saves(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep that one too, or drop both"):
+        fit(tmp_path, Preemption())
+
+
+def test_loaders_do_not_obey_signals(monkeypatch) -> None:
+    told = {}
+    monkeypatch.setattr(signal, "signal", lambda which, handler: told.update({which: handler}))
+    leave_signals_to_the_trainer(0)
+    assert told == {signal.SIGTERM: signal.SIG_IGN, signal.SIGUSR1: signal.SIG_IGN}

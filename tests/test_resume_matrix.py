@@ -1,0 +1,123 @@
+"""Whatever ends a run, and however it is laid out, it goes on to the same weights, bit for bit."""
+
+import csv
+import random
+import signal
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from forked_runs import Signal, finished, run
+
+STEPS = 12
+TRAIN = (
+    *("trainer=cpu", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1"),
+    *("val_every_n_steps=4", "trainer.num_sanity_val_steps=0", "data.val_tokens=400"),
+    *("model.dim=16", "model.depth=2", "model.layer_pattern=[nsa,dense]", "model.heads=2"),
+    *("model.dim_head=8", "model.seq_len=32", "batch.sequences_per_step=8"),
+    *("scheduler.warmup_steps=2", "test=false", "logger=csv", "callbacks.samples.new_tokens=2"),
+    *("data=text", "data.paths=[corpus.txt]"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("matrix")
+    (folder / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(800)))
+    return folder
+
+
+def layout(ranks: int, workers: int, accumulate: int) -> list[str]:
+    """Overrides of a run of so many processes, loaders and micro-batches a step."""
+    devices = ["trainer.devices=2", "trainer.strategy=ddp"] if ranks == 2 else []
+    size = 8 // ranks // accumulate
+    return [*devices, f"data.num_workers={workers}", f"batch.micro_batch_size={size}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> dict[tuple[int, int], Path]:
+    """A run from end to end for every number of ranks and of accumulated micro-batches."""
+    runs = {}
+    for ranks, accumulate in product((1, 2), (1, 2)):
+        run_dir = folder / f"whole_{ranks}_{accumulate}"
+        options = [*TRAIN, *layout(ranks, 0, accumulate), "model.dropout=0.3"]
+        finished(run(folder, [*options, f"run_dir={run_dir}"], ranks=ranks), folder)
+        runs[ranks, accumulate] = run_dir
+    return runs
+
+
+@pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM], ids=lambda which: which.name)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_interrupted_run_ends_as_one_never_interrupted(
+    folder: Path,
+    uninterrupted: dict[tuple[int, int], Path],
+    ranks: int,
+    workers: int,
+    accumulate: int,
+    which: signal.Signals,
+) -> None:
+    case = f"{which.name}_{ranks}_{workers}_{accumulate}"
+    chance = random.Random(case)
+    when = {"step": chance.randrange(1, STEPS - 1), "micro_batch": chance.randrange(accumulate)}
+    sent = Signal(which, rank=chance.randrange(ranks), **when)
+    run_dir = folder / case
+    options = [*TRAIN, *layout(ranks, workers, accumulate), "model.dropout=0.3"]
+    command = [*options, f"run_dir={run_dir}"]
+    codes = run(folder, command, ranks=ranks, sent=sent)
+    expected = -signal.SIGKILL if which == signal.SIGKILL else 143
+    assert codes == [expected] * ranks, (sent, (folder / "run.log").read_text()[-3000:])
+    if which == signal.SIGTERM:  # saved at the end of the step it came in
+        assert (run_dir / "checkpoints" / f"step_{sent.step + 1}.ckpt").is_file()
+
+    finished(run(folder, command, ranks=ranks), folder)
+    assert_same_end(run_dir, uninterrupted[ranks, accumulate])
+
+
+def assert_same_end(run_dir: Path, whole: Path) -> None:
+    ends = [load(path / "checkpoints" / "last.ckpt") for path in (run_dir, whole)]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == STEPS
+    assert_same_tensors(ends[0]["state_dict"], ends[1]["state_dict"])
+    states = [end["optimizer_states"][0]["state"] for end in ends]
+    assert states[0].keys() == states[1].keys()
+    for number in states[0]:
+        assert_same_tensors(states[0][number], states[1][number])
+    rows = [learned(path) for path in (run_dir, whole)]
+    assert rows[0] == rows[1]
+    assert [int(row["step"]) for row in rows[0]] == list(range(STEPS))
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_tensors(some: dict, others: dict) -> None:
+    assert some.keys() == others.keys()
+    for name in some:
+        assert torch.equal(some[name], others[name]), name
+
+
+def learned(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv without what the clock says."""
+    rows = csv.DictReader((run_dir / "metrics.csv").read_text().splitlines())
+    return [{name: row[name] for name in row if not name.startswith("perf/")} for row in rows]
+
+
+def test_processes_may_come_and_go(folder: Path) -> None:
+    """1 -> 2 -> 1 processes, told to end in between: the losses of one process from end to end."""
+    whole, run_dir = folder / "alone", folder / "come_and_go"
+    finished(run(folder, [*TRAIN, *layout(1, 0, 1), f"run_dir={whole}"]), folder)
+    for ranks, until in ((1, 3), (2, 7)):
+        told = Signal(signal.SIGTERM, rank=ranks - 1, step=until)
+        command = [*TRAIN, *layout(ranks, 0, 1), f"run_dir={run_dir}"]
+        assert run(folder, command, ranks=ranks, sent=told) == [143] * ranks
+    finished(run(folder, [*TRAIN, *layout(1, 0, 2), f"run_dir={run_dir}"]), folder)
+    rows, expected = learned(run_dir), learned(whole)
+    assert len(rows) == len(expected) == STEPS
+    for name in ("train/loss", "val/loss"):
+        for row, other in zip(rows, expected, strict=True):
+            assert bool(row[name]) == bool(other[name]), (name, row["step"])
+            if row[name]:
+                assert abs(float(row[name]) - float(other[name])) < 1e-6, (name, row["step"])
