@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test test-gpu bench check fix clean
+.PHONY: help train test test-gpu soak bench check fix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,6 +23,9 @@ test: .venv/.installed ## run the tests that need no GPU
 
 test-gpu: .venv/.installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu
+
+soak: .venv/.installed ## kill a run twenty times at random moments and compare its weights
+	$(BIN)/python tests/soak.py
 
 bench: .venv/.installed ## time and measure the attention backends
 	$(BIN)/python -m benchmarks.attention

@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
@@ -127,11 +128,17 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         precision=resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator),
         callbacks=callbacks,
         logger=loggers,
+        plugins=plugins(),
     )
     notices.setLevel(logging.INFO)
     if trainer.world_size > 1 and sweeping():
         raise ValueError("-m runs its jobs one after another on one device: add trainer.devices=1")
     return trainer
+
+
+def plugins() -> list[Any]:
+    """Under srun: callbacks.preemption saves the run, not a signal handler of Lightning's."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:

@@ -1,7 +1,7 @@
 """train.py in processes forked from one that has imported everything: a whole run in a second.
 
-The ranks of a run are given the environment that torchrun gives; a signal can be sent from inside
-any micro-batch, so that a test says exactly when.
+The ranks of a run are given the environment that torchrun or srun gives; a signal can be sent from
+inside any micro-batch, so that a test says exactly when.
 """
 
 import multiprocessing
@@ -33,15 +33,24 @@ class Signal(NamedTuple):
 
 
 def run(
-    folder: Path, arguments: Sequence[str], *, ranks: int = 1, sent: Signal | None = None
+    folder: Path,
+    arguments: Sequence[str],
+    *,
+    ranks: int = 1,
+    launcher: str = "torchrun",
+    sent: Signal | None = None,
 ) -> list[int]:
     """Exit codes of all ranks of `python train.py ARGUMENTS` in `folder`; output goes to run.log.
 
     A rank that dies by SIGKILL takes the others with it, as a machine would.
     """
+    place = ENVIRONMENTS[launcher] if ranks > 1 else (lambda rank, ranks, port: {})
     port = free_port()
-    common = (folder, list(arguments), ranks, port, sent)
-    processes = [FORKS.Process(target=one_rank, args=(rank, *common)) for rank in range(ranks)]
+    common = (folder, list(arguments), sent)
+    processes = [
+        FORKS.Process(target=one_rank, args=(rank, place(rank, ranks, port), *common))
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     while any(process.is_alive() for process in processes):
@@ -63,23 +72,44 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def under_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment of a rank on one node."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+
+
+def under_srun(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment of a task on one node."""
+    return {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NODEID": "0",
+        "SLURM_NTASKS": str(ranks),
+        "SLURM_NTASKS_PER_NODE": str(ranks),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "MASTER_PORT": str(port),
+    }
+
+
+ENVIRONMENTS = {"torchrun": under_torchrun, "srun": under_srun}
+
+
 def one_rank(
-    rank: int, folder: Path, arguments: list[str], ranks: int, port: int, sent: Signal | None
+    rank: int, place: dict[str, str], folder: Path, arguments: list[str], sent: Signal | None
 ) -> None:
     os.chdir(folder)
     log = os.open("run.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ["NSA_DATA_DIR"] = str(folder / "data")
-    if ranks > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "test",
-        }
+    os.environ |= place | {"NSA_DATA_DIR": str(folder / "data")}
     if sent is not None and sent.rank == rank:
         arm(sent)
     warnings.simplefilter("ignore")

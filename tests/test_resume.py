@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,17 +177,39 @@ def test_contradictions_are_refused(typed: list[str], complaint: str) -> None:
         resume.arguments(typed)
 
 
-def test_the_newest_whole_checkpoint_is_taken_and_the_others_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGES = [
+    (truncated, "damaged"),
+    (flipped, r"record step_3/data/\d+ is damaged"),
+    (lambda content: b"", "empty"),
+    (lambda content: b"hello", "not a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("damage", "complaint"), DAMAGES)
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_names_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, complaint: str
 ) -> None:
     run = tmp_path / "mine"
-    older, newest = make_run(run, age=2, model="nsa_tiny"), run / "checkpoints" / "step_2.ckpt"
-    newest.write_bytes(older.read_bytes()[:-100])
-    (run / "checkpoints" / "last.ckpt").symlink_to("step_2.ckpt")
+    older, newest = make_run(run, age=2, model="nsa_tiny"), run / "checkpoints" / "step_3.ckpt"
+    content = {part: {} for part in checkpoints.PARTS} | {"state_dict": {"w": torch.ones(9000)}}
+    torch.save(content, newest)
+    (run / "checkpoints" / "last.ckpt").symlink_to("step_3.ckpt")
+    assert f"ckpt_path='{newest}'" in resume.arguments([f"run_dir={run}"])
+    newest.write_bytes(damage(newest.read_bytes()))
     assert f"ckpt_path='{older}'" in resume.arguments([f"run_dir={run}"])
-    assert f"passed over {newest}: it is damaged" in capsys.readouterr().err
+    warned = capsys.readouterr().err
+    assert re.search(f"passed over {newest}: .*{complaint}.*; going on from {older}", warned)
     older.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole:\n.*\n.*it is empty"):
+    with pytest.raises(ValueError, match=r"(?s)no checkpoint of .* is whole:.*it is empty"):
         resume.arguments([f"run_dir={run}"])
 
 
@@ -216,24 +239,7 @@ def make_run(run: Path, *, age: int, model: str, overrides: list[str] | None = N
     return path
 
 
-def truncated(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-def flipped(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize(
-    ("damage", "complaint"),
-    [
-        (truncated, "damaged"),
-        (flipped, r"record step_3/data/\d+ is damaged"),
-        (lambda content: b"", "empty"),
-        (lambda content: b"hello", "not a checkpoint"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "complaint"), DAMAGES)
 def test_a_damaged_checkpoint_is_refused_and_an_older_one_offered(
     tmp_path: Path, damage, complaint: str
 ) -> None:

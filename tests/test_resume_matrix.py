@@ -112,7 +112,7 @@ def test_processes_may_come_and_go(folder: Path) -> None:
     for ranks, until in ((1, 3), (2, 7)):
         told = Signal(signal.SIGTERM, rank=ranks - 1, step=until)
         command = [*TRAIN, *layout(ranks, 0, 1), f"run_dir={run_dir}"]
-        assert run(folder, command, ranks=ranks, sent=told) == [143] * ranks
+        assert run(folder, command, ranks=ranks, launcher="srun", sent=told) == [143] * ranks
     finished(run(folder, [*TRAIN, *layout(1, 0, 2), f"run_dir={run_dir}"]), folder)
     rows, expected = learned(run_dir), learned(whole)
     assert len(rows) == len(expected) == STEPS
