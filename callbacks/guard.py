@@ -16,7 +16,7 @@ from callbacks.step_checkpoint import StepCheckpoint
 log = logging.getLogger(__name__)
 
 SHOWN = 10  # of the skipped steps, in the error that ends a run
-START_AGAIN = "Start again with a lower optimizer.lr or a longer scheduler.warmup_steps"
+START_AGAIN = "start again with a lower optimizer.lr or a longer scheduler.warmup_steps"
 
 
 class Guard(EveryStep):
@@ -73,8 +73,8 @@ class Guard(EveryStep):
         if broken := broken_weights(pl_module):
             raise FloatingPointError(
                 f"weights are not finite after step {trainer.global_step}, {len(broken)} of "
-                f"{len(list(pl_module.parameters()))}, {broken[0]} first: no checkpoint is "
-                f"written. {START_AGAIN}; {newest_checkpoint(trainer)}"
+                f"{len(list(pl_module.parameters()))}, {broken[0]} first, and no checkpoint is "
+                f"written: {START_AGAIN}; {newest_checkpoint(trainer)}"
             )
 
     def _stop_beyond_budget(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,12 +83,12 @@ class Guard(EveryStep):
         for saver in trainer.checkpoint_callbacks:
             if isinstance(saver, StepCheckpoint):
                 saver.on_train_end(trainer, pl_module)
+        steps = "".join(f"  {what}\n" for what in self._found[-SHOWN:])
         raise FloatingPointError(
             f"the number of skipped steps, {self.count}, is above callbacks.guard.skip_budget="
-            f"{self.skip_budget}. The last of them:\n"
-            + "".join(f"  {what}\n" for what in self._found[-SHOWN:])
-            + f"{START_AGAIN}, or go on behind these samples with a larger budget; "
-            + newest_checkpoint(trainer)
+            f"{self.skip_budget}. The last of them:\n{steps}"
+            f"If they follow one another, the weights have diverged: {START_AGAIN}. "
+            f"If not, go on behind these samples with a larger budget; {newest_checkpoint(trainer)}"
         )
 
 

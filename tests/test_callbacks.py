@@ -542,6 +542,11 @@ def test_the_smooth_curve_is_a_mean_over_a_share_of_the_run():
     assert smooth(points, 0.5) == [(10, 4.0), (20, 0.0), (30, 1.0), (40, 4.0)]
 
 
+def test_a_curve_passes_over_the_steps_that_were_skipped():
+    rows = [{"step": "0", "train/bpb": "2"}, {"step": "1", "train/bpb": "nan"}, {"step": "2"}]
+    assert curve(rows, "train/bpb") == [(1, 2.0)]
+
+
 def test_loss_plot_needs_the_csv_logger(tmp_path):
     with pytest.raises(ValueError, match="add the csv logger, or drop the plot"):
         fit(tmp_path, LossPlot())

@@ -157,8 +157,9 @@ def test_more_than_the_budget_ends_the_run_with_a_checkpoint_it_can_go_on_from(t
         r"the number of skipped steps, 2, is above callbacks\.guard\.skip_budget=1\. .*\n"
         r"  step 2, whose loss is nan \(rank 0, micro-batch 0: samples 2–3\)\n"
         r"  step 4, whose loss is inf \(rank 0, micro-batch 0: samples 6–7\)\n"
-        r"Start again with a lower optimizer\.lr .* or go on behind these samples with a larger "
-        rf"budget; the newest checkpoint is {last}$"
+        r"If they follow one another, the weights have diverged: start again with a lower "
+        r"optimizer\.lr .*\. If not, go on behind these samples with a larger budget; "
+        rf"the newest checkpoint is {last}$"
     )
     with pytest.raises(FloatingPointError, match=message):
         trained(tmp_path, Guard(skip_budget=1), saver(tmp_path), breaks=breaks)
