@@ -24,7 +24,7 @@ class Guard(EveryStep):
 
     The module has skipped such a step: nothing was updated, on any rank. The guard warns of each,
     with its value and its samples, and logs `optim/skipped_steps`, how many there were so far,
-    whenever that grows. Once they are more than the budget it saves a checkpoint and raises
+    whenever that grows. Once they are more than the budget it has `StepCheckpoint` save and raises
     FloatingPointError, on all ranks. A step that a loss scaler (16-mixed) skips, to go on with half
     the scale, is none of them unless a loss broke or the scale has fallen below 1.
 
