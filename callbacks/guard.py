@@ -1,87 +1,126 @@
-"""Stops a run whose numbers broke, before a checkpoint of broken weights replaces a good one."""
+"""Counts the steps that were skipped for a broken number, and stops a run that has too many."""
 
-from collections.abc import Mapping
+import logging
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from callbacks.every_n_steps import EveryNSteps
+from callbacks.every_n_steps import log_metrics
+from callbacks.every_step import EveryStep, Step, span
+from callbacks.step_checkpoint import StepCheckpoint
+
+log = logging.getLogger(__name__)
+
+SHOWN = 10  # of the skipped steps, in the error that ends a run
+START_AGAIN = "start again with a lower optimizer.lr or a longer scheduler.warmup_steps"
 
 
-class Guard(EveryNSteps):
-    """Raises FloatingPointError on a non-finite training loss, with the step and the value.
+class Guard(EveryStep):
+    """Lets a run go on past steps whose loss or gradient is not finite, within a budget.
 
-    Every micro-batch's loss is looked at, but on the device: the first non-finite one is kept
-    there with its step, and read every n steps and before any checkpoint is written. So nothing
-    waits for a GPU in between, and the error comes at most n steps after the step it names. All
-    ranks raise it, whichever found it.
-    Before a checkpoint the weights must be finite as well: a finite loss does not show that the
+    The module has skipped such a step: nothing was updated, on any rank. The guard warns of each,
+    with its value and its samples, and logs `optim/skipped_steps`, how many there were so far,
+    whenever that grows. Once they are more than the budget it has `StepCheckpoint` save and raises
+    FloatingPointError, on all ranks. A step that a loss scaler (16-mixed) skips, to go on with half
+    the scale, is none of them unless a loss broke or the scale has fallen below 1.
+
+    Before a checkpoint the weights must be finite as well: a finite gradient does not show that the
     last update broke them.
 
     Args:
-        every_n_steps: None reads at every step on a CPU, where it costs nothing, and at the
-            trainer's `log_every_n_steps` elsewhere.
+        skip_budget: steps that may be skipped, over the whole run, however often it goes on; 0
+            stops at the first.
+        every_n_steps: as in `EveryStep`.
+
+    Raises:
+        ValueError: if the budget is below 0.
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
+    def __init__(self, skip_budget: int = 10, every_n_steps: int | None = None) -> None:
         super().__init__(every_n_steps)
-        self._every_n_steps = every_n_steps
-        self._step = 0  # the optimizer step that the micro-batch belongs to, from 1
-        self._first: Tensor | None = None  # [step, loss] of the first non-finite loss; step 0: none
+        if skip_budget < 0:
+            raise ValueError(f"skip_budget={skip_budget} of Guard must be at least 0")
+        self.skip_budget = skip_budget
+        self._found: list[str] = []  # what broke, since this process started
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._first = torch.zeros(2, device=pl_module.device)
-        if self._every_n_steps is None:
-            self.every_n_steps = 1 if pl_module.device.type == "cpu" else None
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._step = trainer.global_step + 1
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if outputs is not None and self._first is not None:
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-            loss = loss.detach().float()
-            broken = ~torch.isfinite(loss) & (self._first[0] == 0)
-            this = torch.stack([torch.full_like(loss, self._step), loss])
-            self._first = torch.where(broken, this, self._first)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def on_steps(self, trainer: Trainer, pl_module: LightningModule, steps: list[Step]) -> None:
+        broken = [step for step in steps if step.broken]
+        for step in broken:
+            self.count += 1
+            self._found.append(what_broke(trainer, step))
+            budget = f"{self.count} skipped so far, of {self.skip_budget} at most"
+            if trainer.is_global_zero:
+                log.warning("skipped %s; %s", self._found[-1], budget)
+        if broken:
+            log_metrics(trainer, {"optim/skipped_steps": float(self.count)})
 
     def on_nth_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        self._check_loss(trainer, pl_module)
+        super().on_nth_step(trainer, pl_module, batch)
+        self._stop_beyond_budget(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._stop_beyond_budget(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._check_loss(trainer, pl_module)
-        names, parameters = zip(*pl_module.named_parameters(), strict=True)
-        finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters])
-        if not finite.all():
-            broken = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if broken := broken_weights(pl_module):
             raise FloatingPointError(
-                f"{len(broken)} of {len(names)} weights are not finite after step "
-                f"{trainer.global_step}, {broken[0]} first: no checkpoint is written. "
-                + _advice(trainer)
+                f"weights are not finite after step {trainer.global_step}, {len(broken)} of "
+                f"{len(list(pl_module.parameters()))}, {broken[0]} first, and no checkpoint is "
+                f"written: {START_AGAIN}; {newest_checkpoint(trainer)}"
             )
 
-    def _check_loss(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._first is None:
+    def _stop_beyond_budget(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._found or self.count <= self.skip_budget:
             return
-        ranks = torch.as_tensor(pl_module.all_gather(self._first)).view(-1, 2).tolist()
-        broken = [(step, loss) for step, loss in ranks if step]
-        if broken:
-            step, loss = min(broken, key=lambda found: found[0])
-            raise FloatingPointError(f"the loss is {loss} at step {int(step)}. " + _advice(trainer))
+        for saver in trainer.checkpoint_callbacks:
+            if isinstance(saver, StepCheckpoint):
+                saver.on_train_end(trainer, pl_module)
+        steps = "".join(f"  {what}\n" for what in self._found[-SHOWN:])
+        raise FloatingPointError(
+            f"the number of skipped steps, {self.count}, is above callbacks.guard.skip_budget="
+            f"{self.skip_budget}. The last of them:\n{steps}"
+            f"If they follow one another, the weights have diverged: {START_AGAIN}. "
+            f"If not, go on behind these samples with a larger budget; {newest_checkpoint(trainer)}"
+        )
 
 
-def _advice(trainer: Trainer) -> str:
-    saved = [getattr(saver, "last_model_path", "") for saver in trainer.checkpoint_callbacks]
-    last = next((path for path in saved if path), None)
-    where = f"go on from ckpt_path={last}" if last else "start again: no checkpoint was written yet"
-    return f"Lower optimizer.lr or lengthen scheduler.warmup_steps, and {where}"
+def what_broke(trainer: Any, step: Step) -> str:
+    """The step, the value, and where in the data it comes from."""
+    samples_of = trainer.datamodule.samples_of
+    rank, micro_batch = step.worst()
+    loss = step.losses[rank][micro_batch]
+    if not math.isfinite(loss):
+        samples = span(samples_of(step.number, rank, micro_batch))
+        where = f"rank {rank}, micro-batch {micro_batch}: samples {samples}"
+        return f"step {step.number}, whose loss is {loss} ({where})"
+    last = samples_of(step.number, len(step.losses) - 1, len(step.losses[0]) - 1)
+    samples = span([*samples_of(step.number, 0, 0), *last])
+    return (
+        f"step {step.number}, whose gradient norm is {step.grad_norm}, every loss being finite "
+        f"(samples {samples})"
+    )
+
+
+def broken_weights(pl_module: LightningModule) -> list[str]:
+    """The names of the parameters that are not finite; of a sharded one, on any rank."""
+    names, parameters = zip(*pl_module.named_parameters(), strict=True)
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    broken = torch.stack([~torch.isfinite(part).all() for part in parts]).int()
+    ranks = torch.as_tensor(pl_module.all_gather(broken)).view(-1, len(names))
+    return [name for name, bad in zip(names, ranks.any(dim=0).tolist(), strict=True) if bad]
+
+
+def newest_checkpoint(trainer: Trainer) -> str:
+    """What an error says of last.ckpt, or else of what a checkpoint callback saved."""
+    savers, kinds = trainer.checkpoint_callbacks, ("last_model_path", "best_model_path")
+    paths = [getattr(saver, kind, "") for kind in kinds for saver in savers]
+    newest = next((path for path in paths if path and Path(path).exists()), None)
+    return f"the newest checkpoint is {newest}" if newest else "no checkpoint was written yet"

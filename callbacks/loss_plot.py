@@ -1,5 +1,6 @@
 """loss.png: bits per byte against steps and tokens."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ class LossPlot(Callback):
 
 
 def curve(rows: list[Row], name: str) -> Curve:
-    """(optimizer steps done, value) of every row that has the metric."""
-    return [(int(row["step"]) + 1, float(row[name])) for row in rows if name in row]
+    """(optimizer steps done, value) of every row that has the metric, and a finite one."""
+    points = [(int(row["step"]) + 1, float(row[name])) for row in rows if name in row]
+    return [(step, value) for step, value in points if math.isfinite(value)]
 
 
 def smooth(points: Curve, share: float) -> Curve:

@@ -120,21 +120,38 @@ class TokenDataModule(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's step to its last; each depends on seed and step alone."""
+        rank = self.trainer.global_rank if self.trainer else 0
+        return self._loader(self._train_windows(), self._train_batches(rank))
+
+    def samples_of(self, step: int, rank: int, micro_batch: int) -> list[int]:
+        """The samples that a rank sees in one micro-batch of a training step, by their numbers.
+
+        A pure function of the layout. Steps count from 1, as they do for users; the rest from 0.
+        """
+        return self._train_batches(rank).samples(step - 1, micro_batch)
+
+    def text_of(self, sample: int) -> str:
+        """The text of a training sample, its last label included."""
+        return self.decode(self._train_windows()[sample]["tokens"].tolist())
+
+    def _train_windows(self) -> TrainWindows:
+        return TrainWindows(self.splits["train"], self.seq_len, self.seed)
+
+    def _train_batches(self, rank: int) -> TrainBatches:
         trainer = self.trainer
         if trainer is None or trainer.max_steps < 1:
             raise ValueError(
                 "the training data is counted in optimizer steps: set trainer.max_steps to their "
                 "number (and trainer.max_epochs=-1)"
             )
-        batches = TrainBatches(
+        return TrainBatches(
             start_step=trainer.global_step,
             num_steps=trainer.max_steps,
             micro_batch_size=self.micro_batch_size,
             accumulate=trainer.accumulate_grad_batches,
-            rank=trainer.global_rank,
+            rank=rank,
             world_size=trainer.world_size,
         )
-        return self._loader(TrainWindows(self.splits["train"], self.seq_len, self.seed), batches)
 
     def val_dataloader(self) -> DataLoader:
         """The validation split, or its first `val_tokens`, once."""

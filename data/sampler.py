@@ -116,9 +116,15 @@ class TrainBatches(Sampler[list[int]]):
         return self.num_steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        for micro in range(self.start_step * self.accumulate, len(self)):
-            first = (micro * self.world_size + self.rank) * self.micro_batch_size
-            yield list(range(first, first + self.micro_batch_size))
+        for step in range(self.start_step, self.num_steps):
+            for micro_batch in range(self.accumulate):
+                yield self.samples(step, micro_batch)
+
+    def samples(self, step: int, micro_batch: int) -> list[int]:
+        """The sample numbers of one micro-batch of a step, both counted from 0."""
+        micro_batches = step * self.accumulate + micro_batch
+        first = (micro_batches * self.world_size + self.rank) * self.micro_batch_size
+        return list(range(first, first + self.micro_batch_size))
 
 
 class EvalBatches(Sampler[list[int]]):

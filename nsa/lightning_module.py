@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int, Num
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from nsa.broken_steps import breaking_its_gradient, skip_if_broken
 from nsa.transformer import Transformer
 
 NOT_SCORED = -1  # the label that fills up the last window of a split
@@ -28,6 +30,10 @@ class NSALightningModule(L.LightningModule):
     A batch is `{"tokens": [B, T+1]}`: inputs are all but the last token, labels all but the first,
     and the label −1 is not scored. Logged: `train/loss`, `val/loss`, `test/loss` in nats a token,
     the same as `…/bpb` in bits a byte, `optim/lr` and `optim/grad_norm` (before clipping).
+
+    A step whose loss on any rank, or whose gradient, is not finite updates nothing; it counts as
+    done. `step_losses` [A], of this rank's micro-batches, and `grad_norm` [], of all ranks, are the
+    latest step's, on the device.
 
     Whatever chance a step holds (dropout) is drawn from a generator seeded by (seed, rank,
     micro-batch), so that a resumed run needs no generator's state to repeat it.
@@ -56,7 +62,8 @@ class NSALightningModule(L.LightningModule):
         self.compile_blocks = compile
         self.seed = torch.initial_seed()
         self.model = Transformer(**{key: model[key] for key in model if key != "name"})
-        self._step_losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+        self.step_losses = self.grad_norm = torch.zeros(0)
+        self._micro_losses: list[Tensor] = []  # since the last optimizer step
         self._split_losses: list[Tensor] = []  # (Σ nats, tokens) of each batch of an evaluation
         self.evaluated_step: int | None = None  # the step that val/bpb was last measured at
 
@@ -72,14 +79,14 @@ class NSALightningModule(L.LightningModule):
         torch.manual_seed(micro_batch_seed(self.seed, self.global_rank, batch_idx))
         nats, count = total_nats(self.model, batch["tokens"])
         loss = nats / count
-        self._step_losses.append(loss.detach())
-        return loss
+        self._micro_losses.append(loss.detach())
+        return breaking_its_gradient(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        losses, self._step_losses = self._step_losses, []
+        self.step_losses, self._micro_losses = torch.stack(self._micro_losses), []
         if not self._logs_this_step:
             return
-        loss = self.trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean")
+        loss = self.trainer.strategy.reduce(self.step_losses.mean(), reduce_op="mean")
         self.log("train/loss", loss)
         self.log("train/bpb", self._bits_per_byte(loss, "train"))
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
@@ -95,8 +102,10 @@ class NSALightningModule(L.LightningModule):
         Lightning's own clipping refuses a fused AdamW.
         """
         norm = clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        skip_if_broken(optimizer, self.grad_norm)
         if self._logs_this_step:
-            self.log("optim/grad_norm", norm)
+            self.log("optim/grad_norm", self.grad_norm)
 
     def configure_optimizers(self) -> Any:
         self.check_trainer(self.trainer)

@@ -23,6 +23,7 @@ from callbacks.csv_logger import RunCSVLogger, read_rows
 from callbacks.every_n_steps import EveryNSteps, aside
 from callbacks.guard import Guard
 from callbacks.loss_plot import LossPlot, curve, smooth
+from callbacks.loss_spikes import LossSpikes
 from callbacks.progress_bar import StepProgressBar, clock, human
 from callbacks.provenance import Provenance, git_state
 from callbacks.samples import Samples
@@ -87,6 +88,7 @@ def test_a_dry_run_leaves_no_file(tmp_path):
         Provenance(),
         LossPlot(),
         Throughput(),
+        LossSpikes(),
         Guard(),
     ]
     fit(tmp_path, *callbacks, fast_dev_run=True)
@@ -404,65 +406,6 @@ def test_free_blocks_by_brute_force(num_tokens, window, causal):
             assert free[t, block + 1] == (rank == blocks.FREE and not touched)
 
 
-# guard
-
-
-@pytest.mark.parametrize(("value", "name"), [(math.nan, "nan"), (math.inf, "inf")])
-def test_guard_names_the_step_and_the_value(tmp_path, value, name):
-    with pytest.raises(FloatingPointError, match=f"the loss is {name} at step 3"):
-        fit(tmp_path, Guard(), module=TinyModule(broken_at=(3, value)), accumulate_grad_batches=2)
-
-
-def test_guard_reads_late_but_names_the_first_step(tmp_path):
-    counter = Counter(1)
-    with pytest.raises(FloatingPointError, match="at step 3"):
-        fit(tmp_path, Guard(5), counter, module=TinyModule(broken_at=(3, math.nan)))
-    assert counter.steps == [1, 2, 3, 4]  # the guard precedes the counter, and stops step 5
-
-
-def test_guard_reads_at_every_step_on_a_cpu_and_at_log_points_elsewhere():
-    for device, every in (("cpu", 1), ("meta", None)):
-        guard = Guard()
-        module: Any = SimpleNamespace(device=torch.device(device))
-        guard.on_train_start(SimpleNamespace(global_step=0), module)  # type: ignore[arg-type]
-        assert guard.every_n_steps == every
-
-
-def test_guard_stops_every_rank_at_the_first_broken_step_of_any(tmp_path):
-    guard = Guard()
-    guard._first = torch.zeros(2)
-    ranks = torch.tensor([[0.0, 0.0], [5.0, math.nan], [3.0, math.inf]])
-    trainer, module = SimpleNamespace(checkpoint_callbacks=[]), SimpleNamespace()
-    module.all_gather = lambda first: ranks
-    with pytest.raises(FloatingPointError, match="the loss is inf at step 3"):
-        guard._check_loss(trainer, module)  # type: ignore[arg-type]
-
-
-def test_guard_keeps_broken_weights_out_of_checkpoints(tmp_path):
-    options: Any = {"save_top_k": -1, "every_n_train_steps": 1, "save_last": "link"}
-    saver = ModelCheckpoint(tmp_path, "{step}", **options)
-    with pytest.raises(FloatingPointError, match=r"at step 3.*go on from ckpt_path=.*last.ckpt"):
-        fit(tmp_path, Guard(100), saver, module=TinyModule(broken_at=(3, math.nan)))
-    names = {path.name for path in tmp_path.glob("*.ckpt")}
-    assert names == {"step=1.ckpt", "step=2.ckpt", "last.ckpt"}
-
-
-class Breaker(Callback):
-    """The loss was finite, the update was not."""
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        if trainer.global_step == 2:
-            pl_module.model.head.bias.data[3] = math.inf
-
-
-def test_guard_looks_at_the_weights_before_a_checkpoint(tmp_path):
-    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2)
-    message = r"1 of 3 weights are not finite after step 2, model.head.bias first.*start again"
-    with pytest.raises(FloatingPointError, match=message):
-        fit(tmp_path, Guard(100), Breaker(), saver)
-    assert not list(tmp_path.glob("*.ckpt"))
-
-
 # progress bar
 
 
@@ -597,6 +540,11 @@ def test_the_smooth_curve_is_a_mean_over_a_share_of_the_run():
     points = [(10, 4.0), (20, 0.0), (30, 2.0), (40, 6.0)]
     assert smooth(points, 0.0) == points
     assert smooth(points, 0.5) == [(10, 4.0), (20, 0.0), (30, 1.0), (40, 4.0)]
+
+
+def test_a_curve_passes_over_the_steps_that_were_skipped():
+    rows = [{"step": "0", "train/bpb": "2"}, {"step": "1", "train/bpb": "nan"}, {"step": "2"}]
+    assert curve(rows, "train/bpb") == [(1, 2.0)]
 
 
 def test_loss_plot_needs_the_csv_logger(tmp_path):

@@ -95,6 +95,27 @@ def test_a_later_start_gives_the_later_steps(letters: str, layout: tuple[int, in
     assert steps_of(letters, layout, start=4) == steps_of(letters, (8, 1, 1))[4:]
 
 
+@pytest.mark.parametrize("layout", [(4, 1, 1), (2, 3, 2)])
+def test_the_samples_of_a_step_are_those_the_loader_gives(
+    letters: str, layout: tuple[int, int, int]
+) -> None:
+    micro, accumulate, world = layout
+    per_step = micro * accumulate * world
+    module = ready(text(paths=letters, micro_batch_size=micro))
+    seen = []
+    for rank in range(world):
+        attach(module, step=2, accumulate=accumulate, rank=rank, world=world)
+        for i, batch in enumerate(module.train_dataloader()):
+            step, micro_batch = divmod(i, accumulate)
+            samples = module.samples_of(2 + step + 1, rank, micro_batch)
+            texts = [bytes(window).decode() for window in batch["tokens"].tolist()]
+            assert [module.text_of(sample) for sample in samples] == texts
+            seen += samples
+    attach(module, rank=1, accumulate=accumulate, world=world)  # whoever asks, from whatever step
+    assert sorted(seen) == list(range(2 * per_step, 6 * per_step))
+    assert module.samples_of(3, 0, 0) == seen[:micro]
+
+
 def test_the_seed_moves_the_order_and_not_the_shards(letters: str, cache: Path) -> None:
     assert steps_of(letters, (8, 1, 1), seed=1) != steps_of(letters, (8, 1, 1), seed=2)
     assert len(list(cache.glob("*/"))) == 1

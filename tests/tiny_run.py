@@ -51,14 +51,12 @@ class TinyModel(nn.Module):
 
 
 class TinyModule(L.LightningModule):
-    """Trains a model; `broken_at` = (step, value) gives that loss at that step."""
+    """Trains a model."""
 
-    def __init__(
-        self, model: nn.Module | None = None, broken_at: tuple[int, float] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
         self.model = model or TinyModel()
-        self.broken_at = broken_at
+        self._losses: list[Tensor] = []
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         tokens = batch["tokens"]
@@ -66,11 +64,16 @@ class TinyModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        if self.broken_at is not None and self.global_step + 1 == self.broken_at[0]:
-            loss = loss * self.broken_at[1]
+        self._losses.append(loss.detach())
         self.log("train/loss", loss)
         self.log("train/bpb", loss / 0.6931)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.step_losses, self._losses = torch.stack(self._losses), []
+
+    def configure_gradient_clipping(self, *args: Any, **options: Any) -> None:
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), float("inf"))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.log("val/loss", self.loss(batch))
