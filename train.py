@@ -41,6 +41,7 @@ NOT_FOR_USERS = (
     r".*isinstance.treespec, LeafSpec.* is deprecated",  # in Lightning, under PyTorch 2.13
     r".*your dataloader is not resumable",  # the datamodule's sampler starts at the trainer's step
     r"Checkpoint directory .* exists and is not empty",  # as it should where a run goes on
+    r".*distributed.nn.functional.all_gather is deprecated",  # in Lightning, likewise
     r".*does not have many workers",  # data.num_workers is chosen by the corpus
 )
 

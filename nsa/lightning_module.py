@@ -4,11 +4,13 @@ The only file under nsa/ that knows Lightning. Letters: B batch, T tokens.
 """
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int, Num
@@ -35,8 +37,9 @@ class NSALightningModule(L.LightningModule):
     done. `step_losses` [A], of this rank's micro-batches, and `grad_norm` [], of all ranks, are the
     latest step's, on the device.
 
-    Whatever chance a step holds (dropout) is drawn from a generator seeded by (seed, rank,
-    micro-batch), so that a resumed run needs no generator's state to repeat it.
+    Whatever chance a step holds (dropout) is drawn from generators (PyTorch's, NumPy's, Python's)
+    seeded by (seed, rank, micro-batch), so that a resumed run needs no generator's state to repeat
+    it.
 
     Args:
         model: arguments of `Transformer`, and `name`.
@@ -76,7 +79,7 @@ class NSALightningModule(L.LightningModule):
     # Training
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        torch.manual_seed(micro_batch_seed(self.seed, self.global_rank, batch_idx))
+        seed_generators(micro_batch_seed(self.seed, self.global_rank, batch_idx))
         nats, count = total_nats(self.model, batch["tokens"])
         loss = nats / count
         self._micro_losses.append(loss.detach())
@@ -207,6 +210,13 @@ def total_nats(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=NOT_SCORED, reduction="sum"
     )
     return nats, (labels != NOT_SCORED).sum()
+
+
+def seed_generators(seed: int) -> None:
+    """Start every generator of random numbers that a step may use."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % (1 << 32))
+    random.seed(seed)
 
 
 def micro_batch_seed(seed: int, rank: int, micro_batch: int) -> int:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_run import SEQ_LEN, TinyData, TinyModel, TinyModule, fit, tiny_trainer
+from tiny_run import OF_LIGHTNING, SEQ_LEN, TinyData, TinyModel, TinyModule, fit, tiny_trainer
 
 from callbacks import loss_plot, provenance
 from callbacks.attention_statistics import AttentionStatistics, is_free
@@ -32,12 +32,7 @@ from nsa import blocks
 from nsa.config import NSAConfig
 from nsa.transformer import Transformer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
-]
+pytestmark = OF_LIGHTNING
 
 
 class Counter(EveryNSteps):

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import OmegaConf
-from tiny_run import TinyModule, fit
+from tiny_run import OF_LIGHTNING, TinyModule, fit
 
 from callbacks.csv_logger import RunCSVLogger, read_rows
 from callbacks.resume import Resume
@@ -18,12 +18,7 @@ from callbacks.step_checkpoint import StepCheckpoint
 
 CONF = Path(__file__).parent.parent / "conf"
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
-]
+pytestmark = OF_LIGHTNING
 
 
 class Killed(Exception):

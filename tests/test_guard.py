@@ -11,6 +11,7 @@ from breaking_run import BreakingModule, fit
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from tiny_run import OF_LIGHTNING
 from torch import nn
 
 import checkpoints
@@ -19,12 +20,7 @@ from callbacks.guard import Guard
 from callbacks.step_checkpoint import StepCheckpoint
 from nsa.broken_steps import breaking_its_gradient, skip_if_broken
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-]
+pytestmark = OF_LIGHTNING
 
 
 @pytest.fixture(autouse=True)

@@ -9,18 +9,14 @@ import pytest
 import torch
 from breaking_run import ROWS, BreakingModule, fit
 from lightning.pytorch import Callback
+from tiny_run import OF_LIGHTNING
 
 from callbacks.csv_logger import RunCSVLogger, read_rows
 from callbacks.every_step import Step
 from callbacks.loss_spikes import LossSpikes
 from callbacks.step_checkpoint import StepCheckpoint
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-]
+pytestmark = OF_LIGHTNING
 
 
 @pytest.fixture(autouse=True)

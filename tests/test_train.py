@@ -4,12 +4,14 @@ import csv
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from nsa.lightning_module import (
     cosine,
     micro_batch_seed,
     parameter_groups,
+    seed_generators,
     total_nats,
     wsd,
 )
@@ -331,6 +334,15 @@ def test_chance_is_a_function_of_seed_rank_and_micro_batch() -> None:
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
     torch.manual_seed(micro_batch_seed(2**32 - 1, 10_000, 10**9))
+
+
+def test_chance_of_every_kind_repeats() -> None:
+    draws = []
+    for seed in (3, 3, 1 << 40):
+        seed_generators(seed)
+        draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert draws[0] == draws[1]
+    assert not set(draws[0]) & set(draws[2])
 
 
 def test_dropout_repeats_whatever_was_drawn_in_between(tmp_path: Path) -> None:
