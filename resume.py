@@ -32,8 +32,8 @@ def resume_arguments(arguments: Sequence[str], outputs: Path = Path("outputs")) 
             "checkpoint, without -m"
         )
     checkpoint = find_last(outputs, typed) if wanted == "last" else Path(wanted).absolute()
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"ckpt_path={wanted}: there is no such file")
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"ckpt_path={wanted}: there is no such checkpoint")
     rest = [argument for argument in arguments if key(argument) != "ckpt_path"]
     resumed = [*rest, f"ckpt_path='{checkpoint}'"]
     run = run_folder(checkpoint)

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
 import resume
+import strategies
 from callbacks.throughput import Throughput
 from nsa.lightning_module import NSALightningModule
 
@@ -53,8 +54,8 @@ def build(cfg: DictConfig) -> Run:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     check_settings(settings)
-    parts = {part: settings[part] for part in ("model", "optimizer", "scheduler", "compile")}
-    module = NSALightningModule(**parts)
+    parts = ("model", "optimizer", "scheduler", "compile", "activation_checkpointing")
+    module = NSALightningModule(**{part: settings[part] for part in parts})
     trainer = build_trainer(cfg)
     module.check_trainer(trainer)
     datamodule = instantiate(cfg.data)
@@ -63,7 +64,7 @@ def build(cfg: DictConfig) -> Run:
         datamodule.setup("fit")
         if cfg.ckpt_path:
             order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
-            resume.check_same_run(checkpoints.check(Path(cfg.ckpt_path)), settings, order)
+            resume.check_same_run(checkpoints.check_metadata(Path(cfg.ckpt_path)), settings, order)
             resume.remember(Path(cfg.run_dir), cfg, HydraConfig.get().overrides.task)
     return Run(module, datamodule, trainer)
 
@@ -104,6 +105,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         val_check_interval=cfg.val_every_n_steps * cfg.batch.accumulate_grad_batches,
         callbacks=callbacks,
         logger=loggers,
+        plugins=[checkpoints.WholeCheckpointIO()],
     )
     notices.setLevel(logging.INFO)
     if trainer.world_size > 1 and sweeping():
@@ -201,6 +203,9 @@ def main(cfg: DictConfig) -> float:
         sys.exit(f"{error.__cause__ if known else error}\nHYDRA_FULL_ERROR=1 shows where")
     try:
         return train(run, cfg)
+    except checkpoints.NotWritten as error:
+        strategies.stop_others(run.trainer)
+        sys.exit(str(error))
     except FloatingPointError as error:
         if not sweeping():
             sys.exit(str(error))
@@ -215,6 +220,7 @@ if __name__ == "__main__":
         warnings.filterwarnings("ignore", message=warning)
     try:
         sys.argv[1:] = resume.resume_arguments(sys.argv[1:])
+        strategies.agree_on_start()
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
     main()
