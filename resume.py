@@ -1,6 +1,6 @@
 """Which run, and which of its checkpoints, a command line goes on from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def resume_arguments(arguments: Sequence[str], outputs: Path = Path("outputs")) 
     run = run_folder(checkpoint)
     if run is None:
         return resumed
-    before = [override for override in overrides_of(run) if key(override) not in typed]
+    before = [override for override in overrides_of(run) if not replaced(key(override), typed)]
     # Its .hydra stays as it is until nothing is refused any more: see remember.
     stay = {
         "hydra.run.dir": f"hydra.run.dir='{run}'",
@@ -51,6 +51,11 @@ def resume_arguments(arguments: Sequence[str], outputs: Path = Path("outputs")) 
 def key(override: str) -> str:
     """`attention.backend` of `+attention.backend=flex`."""
     return override.partition("=")[0].lstrip("+~")
+
+
+def replaced(path: str, typed: Iterable[str]) -> bool:
+    """Whether what was typed sets the value at `path`, or a whole node, no group, that holds it."""
+    return any(path == other or ("." in other and path.startswith(f"{other}.")) for other in typed)
 
 
 def overrides_of(run: Path) -> list[str]:

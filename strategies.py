@@ -14,6 +14,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -79,7 +81,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         shards["state_dict"] = checkpoint.pop("state_dict")
         written: dict[str, Any] = {}
         with self._failing_together(path):
-            save(shards, checkpoint_id=draft)
+            save(shards, storage_writer=Writer(draft))
             own = list(draft.glob(f"__{self.global_rank}_*"))
             if self.is_global_zero:
                 checkpoints.write_through(checkpoint, draft / checkpoints.REST)
@@ -127,6 +129,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             state = named(state, optimizer, names)
             set_optimizer_state_dict(self.model, optimizer, state, options=options)
         return content
+
+
+class Writer(FileSystemWriter):
+    """PyTorch's own, but that other ranks hear the system's word for what failed on one."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise OSError(checkpoints.reason(error)) from error
 
 
 def named(

@@ -40,6 +40,7 @@ NOT_FOR_USERS = (
     r".*your dataloader is not resumable",  # the datamodule's sampler starts at the trainer's step
     r"Checkpoint directory .* exists and is not empty",  # as it should where a run goes on
     r".*does not have many workers",  # data.num_workers is chosen by the corpus
+    r"torch.distributed.nn.functional.all_gather is deprecated",  # Lightning's way to gather
 )
 
 
@@ -205,7 +206,7 @@ def main(cfg: DictConfig) -> float:
         return train(run, cfg)
     except checkpoints.NotWritten as error:
         strategies.stop_others(run.trainer)
-        sys.exit(str(error))
+        sys.exit(str(error) if run.trainer.is_global_zero else 1)
     except FloatingPointError as error:
         if not sweeping():
             sys.exit(str(error))

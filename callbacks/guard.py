@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.every_n_steps import EveryNSteps
+from nsa.parallel import full
 
 
 class Guard(EveryNSteps):
@@ -61,7 +62,7 @@ class Guard(EveryNSteps):
     ) -> None:
         self._check_loss(trainer, pl_module)
         names, parameters = zip(*pl_module.named_parameters(), strict=True)
-        finite = torch.stack([torch.isfinite(parameter).all() for parameter in parameters])
+        finite = full(torch.stack([torch.isfinite(parameter).all() for parameter in parameters]))
         if not finite.all():
             broken = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
             raise FloatingPointError(
