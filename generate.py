@@ -53,8 +53,8 @@ def generate(options: Options) -> str:
     path = Path(options.ckpt)
     if options.ckpt == "last":
         path = resume.newest_whole(resume.find_last(Path("outputs"), {}))
-    if not path.is_file():
-        raise FileNotFoundError(f"ckpt={path}: there is no such file")
+    if not path.exists():
+        raise FileNotFoundError(f"ckpt={path}: there is no such checkpoint")
     checkpoint = checkpoints.check(path)
     settings = checkpoint["hyper_parameters"]
     settings["model"]["attention"]["backend"] = options.backend

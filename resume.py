@@ -10,7 +10,7 @@ Lightning starts with the same command line goes on from the same checkpoint in 
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ def arguments(typed_arguments: Sequence[str], outputs: Path = Path("outputs")) -
         )
     if checkpoint is None:
         return [*rest, *hydra_options(folder, typed, goes_on=False)]
-    before = [o for o in overrides_before(checkpoint) if key(o) not in {*typed, *WHERE}]
+    before = [o for o in overrides_before(checkpoint) if not replaced(key(o), {*typed, *WHERE})]
     goes_on = folder == run_folder(checkpoint)
     there = f"ckpt_path='{checkpoint}'"
     return [*before, *rest, there, *hydra_options(folder, typed, goes_on=goes_on)]
@@ -166,6 +166,11 @@ def overrides_before(checkpoint: Path) -> list[str]:
     """What the command line of the checkpoint's run overrode; nothing where it was moved out."""
     run = run_folder(checkpoint)
     return [] if run is None else overrides_of(run)
+
+
+def replaced(path: str, typed: Iterable[str]) -> bool:
+    """Whether what was typed sets the value at `path`, or a whole node, no group, that holds it."""
+    return any(path == other or ("." in other and path.startswith(f"{other}.")) for other in typed)
 
 
 def overrides_of(run: Path) -> list[str]:

@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import checkpoints
 import resume
+import strategies
 from callbacks.preemption import EXIT_CODE, Preempted
 from callbacks.throughput import Throughput
 from data.base import TokenDataModule
@@ -57,8 +58,8 @@ def build(cfg: DictConfig) -> Run:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     check_settings(settings)
-    parts = {part: settings[part] for part in ("model", "optimizer", "scheduler", "compile")}
-    module = NSALightningModule(**parts)
+    parts = ("model", "optimizer", "scheduler", "compile", "activation_checkpointing")
+    module = NSALightningModule(**{part: settings[part] for part in parts})
     trainer = build_trainer(cfg)
     module.check_trainer(trainer)
     micro_batch_size, trainer.accumulate_grad_batches = divide_step(trainer.world_size, **cfg.batch)
@@ -69,7 +70,7 @@ def build(cfg: DictConfig) -> Run:
         datamodule.setup("fit")
         if cfg.ckpt_path:
             order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
-            resume.check_same_run(checkpoints.check(Path(cfg.ckpt_path)), settings, order)
+            resume.check_same_run(checkpoints.check_metadata(Path(cfg.ckpt_path)), settings, order)
             resume.remember(Path(cfg.run_dir), cfg, HydraConfig.get().overrides.task)
     return Run(module, datamodule, trainer)
 
@@ -138,8 +139,9 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
 
 
 def plugins() -> list[Any]:
-    """Under srun: callbacks.preemption saves the run, not a signal handler of Lightning's."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    """Checkpoints are whole; under srun callbacks.preemption saves, no handler of Lightning's."""
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return [checkpoints.WholeCheckpointIO(), *slurm]
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
@@ -241,6 +243,9 @@ def main(cfg: DictConfig) -> float:
         wandb.finish()
         run.trainer.strategy.barrier()  # Lightning would kill rank zero if another left first
         sys.exit(EXIT_CODE)
+    except checkpoints.NotWritten as error:
+        strategies.stop_others(run.trainer)
+        sys.exit(str(error) if run.trainer.is_global_zero else 1)
     except FloatingPointError as error:
         if not sweeping():
             sys.exit(str(error))

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int, Num
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from nsa import parallel
 from nsa.broken_steps import breaking_its_gradient, skip_if_broken
 from nsa.transformer import Transformer
 
@@ -46,9 +46,10 @@ class NSALightningModule(L.LightningModule):
         optimizer: lr, betas, eps, weight_decay, fused (see `adamw`).
         scheduler: `name` of a schedule in `SCHEDULES`, and its arguments.
         compile: compile the blocks in place when training starts.
+        activation_checkpointing: what the backward pass recomputes, of `parallel.KEPT`.
 
     Raises:
-        ValueError: if the schedule's name is unknown or a size is impossible.
+        ValueError: if a schedule or a mode is unknown by name, or a size is impossible.
     """
 
     def __init__(
@@ -57,12 +58,15 @@ class NSALightningModule(L.LightningModule):
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any],
         compile: bool = False,
+        activation_checkpointing: str = "none",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.optimizer_options = dict(optimizer)
         self.schedule = build_schedule(scheduler)
         self.compile_blocks = compile
+        parallel.check_activation_checkpointing(activation_checkpointing)
+        self.activation_checkpointing = activation_checkpointing
         self.seed = torch.initial_seed()
         self.model = Transformer(**{key: model[key] for key in model if key != "name"})
         self.step_losses = self.grad_norm = torch.zeros(0)
@@ -71,10 +75,14 @@ class NSALightningModule(L.LightningModule):
         self.evaluated_step: int | None = None  # the step that val/bpb was last measured at
 
     def configure_model(self) -> None:
-        """Block by block and in place: parameters keep their names, one graph serves all layers."""
+        """Parameters keep their names; called again for evaluation, it finds all of it done."""
+        parallel.checkpoint_activations(self.model, self.activation_checkpointing)
         if self.compile_blocks:
-            for block in self.model.layers:
-                block.compile()
+            parallel.compile_blocks(self.model)
+        if self.device_mesh is not None:
+            casts = self.trainer.precision == "bf16-mixed"
+            gathered = torch.bfloat16 if casts else None
+            parallel.shard(self.model, self.device_mesh["data_parallel"], gathered)
 
     # Training
 
@@ -105,7 +113,7 @@ class NSALightningModule(L.LightningModule):
         Lightning's own clipping refuses a fused AdamW.
         """
         norm = clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
-        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.grad_norm = parallel.full(norm)
         skip_if_broken(optimizer, self.grad_norm)
         if self._logs_this_step:
             self.log("optim/grad_norm", self.grad_norm)

@@ -3,9 +3,8 @@
 Letters: B batch, T tokens, M model width, V vocabulary.
 """
 
-import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsa import blocks
@@ -48,8 +48,14 @@ class Block(nn.Module):
         self.attention = attention
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
+        self.checkpoint: Callable[..., Tensor] | None = None  # nsa.parallel decides
 
     def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+        if self.checkpoint is None:
+            return self._forward(tokens)
+        return self.checkpoint(self._forward, tokens)
+
+    def _forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         tokens = tokens + self.dropout(self.attention(tokens))
         return tokens + self.dropout(self.feed_forward(tokens))
 
@@ -257,11 +263,14 @@ def compress_flops(attention: AnyAttention, num_tokens: int) -> float:
     if not isinstance(attention, SparseAttention):
         return 0.0
     cfg = attention.cfg
-    block = torch.empty(1, cfg.compress_block_size, attention.kv_heads, attention.dim_head)
+    shape = (1, cfg.compress_block_size, attention.kv_heads, attention.dim_head)
+    block = torch.empty(shape, device="meta")
     with FlopCounterMode(display=False) as counter:
         for compressor in (attention.compress_k, attention.compress_v):
             if compressor is not None:
-                copy.deepcopy(compressor).to("meta")(block.to("meta"))
+                sizes = {name: p.shape for name, p in compressor.named_parameters()}
+                blank = {name: torch.empty(sizes[name], device="meta") for name in sizes}
+                functional_call(compressor, blank, block)
     return float(counter.get_total_flops()) * blocks.num_compress_blocks(num_tokens, cfg)
 
 

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STACK = {"lightning", "hydra", "omegaconf", "wandb", "datasets", "transformers", "tokenizers"}
-APPLICATION = {"train", "generate", "data", "callbacks", "tests", "benchmarks"}
+ENTRIES = {"train", "generate", "checkpoints", "resume", "strategies"}
+APPLICATION = {*ENTRIES, "data", "callbacks", "tests", "benchmarks"}
 ABOVE = {  # each module of the tower may import the ones below it only
     "config": {"blocks", "reference", "kernels", "flex", "local", "ops", "attention"},
     "blocks": {"reference", "kernels", "flex", "local", "ops", "attention"},
@@ -20,7 +21,7 @@ ABOVE = {  # each module of the tower may import the ones below it only
     "compress_networks": {"reference", "kernels", "flex", "local", "ops", "attention"},
     "ops": {"attention", "compress_networks"},
     "attention": {"reference", "kernels", "flex", "local"},
-    "transformer": {"ops", "reference", "kernels", "flex", "local"},
+    "transformer": {"ops", "reference", "kernels", "flex", "local", "parallel"},
 }
 FORBIDDEN = {
     **{
@@ -30,8 +31,8 @@ FORBIDDEN = {
     },
     "nsa/reference": {"triton", *(f"nsa.{other}" for other in ABOVE["reference"])},
     "nsa": {*APPLICATION, *(STACK - {"lightning"})},
-    "data": {"nsa", "callbacks", "train", "generate", "tests", "wandb"},
-    "callbacks": {"data", "train", "generate", "tests", "wandb"},
+    "data": {"nsa", "callbacks", "tests", "wandb", *ENTRIES},
+    "callbacks": {"data", "tests", "wandb", *ENTRIES},
 }
 
 

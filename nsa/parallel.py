@@ -1,0 +1,89 @@
+"""How a Transformer fits on its devices: what is recomputed, what is compiled, what is sharded.
+
+In this order: a compiler has to see the recomputation, and a shard's hooks stand around what was
+compiled. Nothing here changes a parameter's name; what is done already is not done again.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from nsa.transformer import Transformer
+
+aten = torch.ops.aten
+
+
+def own(*names: str) -> list[torch._ops.OpOverload]:
+    """Our own ops of these names; none where Triton is not installed."""
+    return [getattr(torch.ops.nsa, name).default for name in names if hasattr(torch.ops.nsa, name)]
+
+
+# Blocks are chosen once: a choice made anew from numbers that differ in a last bit is another one.
+CHOICES = [aten.sort.stable, *own("select_blocks")]
+PRODUCTS = [
+    *(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default),
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    *own("attend", "attend_blocks", "gathered_importance", "membership"),
+]
+KEPT = {"none": None, "full": CHOICES, "selective": CHOICES + PRODUCTS}
+
+
+def check_activation_checkpointing(mode: str) -> None:
+    """Raises ValueError for a mode that is not in `KEPT`."""
+    if mode not in KEPT:
+        raise ValueError(f"activation_checkpointing={mode!r} must be one of {', '.join(KEPT)}")
+
+
+def checkpoint_activations(model: Transformer, mode: str) -> None:
+    """Let the backward pass of each block recompute what its forward pass does not keep.
+
+    `none` keeps everything. `full` keeps a block's input and which blocks its queries selected.
+    `selective` keeps the results of matrix products and of attention too, and recomputes what is
+    cheap: norms, rotations, activations, gates, dropout.
+    """
+    check_activation_checkpointing(mode)
+    contexts = partial(create_selective_checkpoint_contexts, KEPT[mode])
+    keeping = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    for block in model.blocks:
+        block.checkpoint = None if mode == "none" else keeping
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Block by block and in place: one graph serves all layers of a kind."""
+    for block in model.blocks:
+        if block._compiled_call_impl is None:
+            block.compile()
+
+
+def shard(model: Transformer, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
+    """FSDP2: a rank holds one part of each parameter, of its gradient and of its optimizer state.
+
+    The linear layers of a block are gathered together before the block runs and freed behind it,
+    in the dtype `gathered`, which is what autocast would turn them into: so the numbers are those
+    of unsharded training. What a block multiplies in float32 (norms, positions, φ) belongs to the
+    root, with embedding, last norm and head, and is gathered once a step, as it is. Gradients are
+    averaged in float32.
+    """
+    if isinstance(model, FSDPModule):
+        return
+    linears = [m for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    of_blocks = {parameter for linear in linears for parameter in linear.parameters()}
+    # The root first: it does not look into modules that are sharded already.
+    fully_shard(model, mesh=mesh, ignored_params=of_blocks)
+    policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        of_root = set(block.parameters()) - of_blocks
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=of_root)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; then every rank has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,166 @@
+"""Recomputed, compiled and sharded: does a Transformer still learn what it learns on one device?"""
+
+import csv
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parallel_runs import ROOT, results
+from test_train import ATTENTION, MODEL, TINY, Counting, make_module
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nsa import parallel
+from nsa.lightning_module import total_nats
+from nsa.transformer import Transformer
+
+MODES = ("none", "full", "selective")
+RUNS = (
+    *("one", "ddp", "fsdp", "fsdp_full", "ddp_bf16", "fsdp_bf16", "dense", "dense_compiled"),
+    *("triton", "triton_fsdp_compiled", "broken_shard"),
+)
+
+
+class Executed(TorchDispatchMode):
+    """Counts the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **kwargs or {})
+
+
+class Trace:
+    """A forward and a backward pass of a small model with dropout."""
+
+    def __init__(self, mode: str, backend: str, autocast: bool = False) -> None:
+        torch.manual_seed(0)
+        attention = ATTENTION | {"backend": backend}
+        changes = {"dropout": 0.3, "tie_embeddings": True, "attention": attention}
+        model = Transformer(**{key: MODEL[key] for key in MODEL if key != "name"} | changes)
+        names = list(model.state_dict())
+        parallel.checkpoint_activations(model, mode)
+        assert list(model.state_dict()) == names
+        self.bytes = 0  # that the forward pass keeps for the backward one
+        torch.manual_seed(1)
+        with (
+            Executed() as forward,
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor),
+        ):
+            nats, _ = total_nats(model, Counting.sequences(0, 1))
+        with Executed() as backward:
+            nats.backward()
+        self.forward, self.backward = forward.counts, backward.counts
+        self.grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            self.bytes += tensor.nbytes
+        return tensor
+
+
+# Activation checkpointing
+
+
+@pytest.mark.parametrize(
+    ("backend", "autocast"), [("reference", False), ("reference", True), ("triton", False)]
+)
+def test_what_is_recomputed_changes_no_gradient(backend: str, autocast: bool) -> None:
+    none, full, selective = (Trace(mode, backend, autocast) for mode in MODES)
+    for name, grad in none.grads.items():
+        assert torch.equal(grad, full.grads[name]), name
+        assert torch.equal(grad, selective.grads[name]), name
+    assert full.bytes < none.bytes / 4
+
+    by_triton = backend == "triton"
+    for product in ["aten.mm.default", f"{'nsa.attend' if by_triton else 'aten.bmm'}.default"]:
+        assert full.backward[product] > none.backward[product], product
+        assert selective.backward[product] == none.backward[product], product
+    for cheap in ("aten.silu.default", "aten.sigmoid.default"):
+        assert full.backward[cheap] > 0 and selective.backward[cheap] > 0, cheap
+        assert none.backward[cheap] == 0, cheap
+    choice = "nsa.select_blocks.default" if by_triton else "aten.sort.stable"
+    assert full.forward[choice] and not full.backward[choice]  # selected once
+    assert selective.forward[choice] and not selective.backward[choice]
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="'some' must be one of none, full, selective"):
+        make_module(activation_checkpointing="some")
+
+
+# Many processes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return results(tmp_path_factory.mktemp("parallel"), RUNS)
+
+
+def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
+    """The loss and the norm of the gradient of every step."""
+    assert got["steps"].keys() == want["steps"].keys()
+    for step, numbers in want["steps"].items():
+        assert got["steps"][step] == pytest.approx(numbers, abs=1e-6, rel=1e-6), step
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_full"])
+def test_two_processes_learn_what_one_learns(runs: dict[str, Any], kind: str) -> None:
+    assert_same(runs[kind], runs["one"])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_evaluate_what_one_evaluates(runs: dict[str, Any], kind: str) -> None:
+    """After training: Lightning configures the model a second time."""
+    assert runs[kind]["val/loss"] == pytest.approx(runs["one"]["val/loss"], rel=1e-6)
+    assert runs[kind]["flops"] == runs["one"]["flops"] > 0
+
+
+def test_sharding_rounds_no_more_than_autocast_does(runs: dict[str, Any]) -> None:
+    assert_same(runs["fsdp_bf16"], runs["ddp_bf16"])
+
+
+def test_a_compiler_sees_through_recomputation(runs: dict[str, Any]) -> None:
+    assert_same(runs["dense_compiled"], runs["dense"])
+
+
+def test_kernels_are_recomputed_compiled_and_sharded(runs: dict[str, Any]) -> None:
+    assert_same(runs["triton_fsdp_compiled"], runs["triton"])
+
+
+def test_a_broken_weight_of_one_rank_stops_all(runs: dict[str, Any]) -> None:
+    first, second = runs["broken_shard"]
+    assert first == second and first.startswith("weights are not finite after step 2, 1 of 31")
+
+
+def test_torchrun_trains_from_the_same_configs(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(900)))
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
+    launcher += ["--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    sharded = ["trainer=fsdp", "trainer.strategy.save_distributed_checkpoint=true"]
+    on_cpu = ["trainer.accelerator=cpu", "trainer.devices=2", "attention.backend=reference"]
+    own = ["run_dir=outputs/mine", "activation_checkpointing=selective"]
+    short = ["trainer.max_steps=2", "val_every_n_steps=2", "test=false", "logger=csv"]
+    done = subprocess.run(
+        [*launcher, *TINY[1:], *sharded, *on_cpu, *short, *own],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "NSA_DATA_DIR": str(tmp_path / "data")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "outputs" / "mine"
+    assert done.stdout.count("2 × cpu") == 1
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1"]
+    last = run / "checkpoints" / "last.ckpt"
+    assert last.readlink() == Path("step_2.ckpt") and (last / "__1_0.distcp").is_file()
