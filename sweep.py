@@ -221,11 +221,11 @@ def gpus_of(trainer: DictConfig) -> dict[int, str]:
 def score(result: Mapping[str, Any], objective: Any) -> float | list[float]:
     """The objectives' values; all are as bad as can be where one is missing or not finite."""
     wanted = names(objective)
-    found = {name: result.get(name) for name in wanted}
-    values = [float(v) for v in found.values() if v is not None and math.isfinite(v)]
+    found = [result.get(name) for name in wanted]
+    values = [float(value) for value in found if value is not None and math.isfinite(value)]
     if len(values) < len(wanted):
         if "error" not in result:
-            log.warning("%s: the sweeper is told the worst, for one is not a number", found)
+            log.warning("%s is %s: the sweeper is told the worst", ", ".join(wanted), found)
         directions = directions_of(HydraConfig.get().sweeper, len(wanted))
         values = [-math.inf if direction == "maximize" else math.inf for direction in directions]
     return values[0] if len(values) == 1 else values

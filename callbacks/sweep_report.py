@@ -3,7 +3,7 @@
     python -m callbacks.sweep_report                          of the newest sweep that has a CSV
     python -m callbacks.sweep_report outputs/sweeps/<time>    of this one
 
-Hydra calls `SweepReport` after every job, so that the files also stand when the sweep is killed.
+Hydra calls `SweepReport` after every job, so that the CSV also stands when the sweep is killed.
 """
 
 import csv
@@ -41,20 +41,22 @@ SWEEPS = Path("outputs", "sweeps")
 
 
 class SweepReport(Callback):
-    """Writes the report of a multirun after each of its jobs. Does nothing in a single run.
+    """Writes sweep.csv after each job of a multirun, and what is made of it at the end.
 
-    Raises SystemExit at the end of a sweep without a single result, for the sake of its exit code.
+    Does nothing in a single run. Raises SystemExit at the end of a sweep without a single result,
+    for the sake of its exit code.
     """
 
     def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN and is_rank_zero():
-            write_report(Path(config.hydra.sweep.dir))
+            write_csv(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if not is_rank_zero():
             return
         folder = Path(config.hydra.sweep.dir)
-        print(f"{write_report(folder)}\n{folder}", flush=True)
+        write_csv(folder)
+        print(f"{write_table_and_plot(folder)}\n{folder}", flush=True)
         if not finished(read_csv(folder)):
             sys.exit(f"no job of {folder} has a result")
 
@@ -64,8 +66,8 @@ def is_rank_zero() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def write_report(folder: Path) -> str:
-    """Collect the jobs of a multirun in sweep.csv and write what is made of it; returns the table.
+def write_csv(folder: Path) -> None:
+    """Collect the jobs of a multirun in its sweep.csv.
 
     Jobs that end at the same time in different processes wait for one another.
 
@@ -77,7 +79,6 @@ def write_report(folder: Path) -> str:
         if not jobs:
             raise FileNotFoundError(f"{folder} holds no job of a multirun: no <job>/.hydra in it")
         write_text(folder / "sweep.csv", as_csv(jobs))
-        return write_table_and_plot(folder)
 
 
 def write_table_and_plot(folder: Path) -> str:
