@@ -42,7 +42,7 @@ ENDINGS = (FloatingPointError, torch.OutOfMemoryError)  # of a training: the mes
 ONE_PROCESS = (
     "a job of a sweep is one process on one device: add trainer.devices=1 (hydra/launcher=joblib "
     "hydra.launcher.n_jobs=4 runs four jobs at once, each on a GPU of its own), or start the sweep "
-    "with torchrun, which runs every job on all devices"
+    "with torchrun and hydra.sweep.dir=FOLDER, which runs every job on all devices"
 )
 
 

@@ -198,7 +198,7 @@ def sweeping() -> bool:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> float | list[float]:
+def main(cfg: DictConfig) -> float | list[float] | None:
     for warning in NOT_FOR_USERS:  # here: every process that runs jobs of a sweep has its own
         warnings.filterwarnings("ignore", message=warning)
     if sweeping():
@@ -210,7 +210,7 @@ def main(cfg: DictConfig) -> float | list[float]:
             raise
         sys.exit(f"{sweep.root(error)}\nHYDRA_FULL_ERROR=1 shows where")
     try:
-        return sweep.score(train(run, cfg), cfg.objective)
+        train(run, cfg)
     except FloatingPointError as error:
         sys.exit(str(error))
     finally:
