@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test test-gpu soak bench check fix clean
+.PHONY: help train sweep-report test test-gpu soak bench check fix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} is too old: 3.11 or newer is needed; name one with make PYTHON=...")'
@@ -17,6 +17,9 @@ help: ## list the targets
 
 train: .venv/.installed ## train a small NSA model on the standard library's source text
 	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) OMP_WAIT_POLICY=PASSIVE $(BIN)/python train.py experiment=first_run
+
+sweep-report: .venv/.installed ## draw a sweep's table and plot from its sweep.csv: SWEEP=folder, or the newest
+	@$(BIN)/python -m callbacks.sweep_report $(SWEEP)
 
 test: .venv/.installed ## run the tests that need no GPU
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

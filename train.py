@@ -22,16 +22,18 @@ import lightning as L
 import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed import is_torchelastic_launched
 
 import checkpoints
 import resume
 import strategies
+import sweep
 from callbacks.preemption import EXIT_CODE, Preempted
+from callbacks.run_folder import write_text
 from callbacks.throughput import Throughput
 from data.base import TokenDataModule
 from nsa.lightning_module import NSALightningModule
@@ -89,6 +91,7 @@ def check_settings(settings: dict[str, Any]) -> None:
             f"val_every_n_steps={settings['val_every_n_steps']} must be at least 1; a number above "
             "trainer.max_steps validates at the end alone"
         )
+    sweep.check_objective(settings["objective"])
     model, data = settings["model"]["vocab_size"], settings["data"]["vocab_size"]
     if model < data:
         raise ValueError(f"model.vocab_size={model} must be at least data.vocab_size={data}")
@@ -133,8 +136,8 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         plugins=plugins(),
     )
     notices.setLevel(logging.INFO)
-    if trainer.world_size > 1 and sweeping():
-        raise ValueError("-m runs its jobs one after another on one device: add trainer.devices=1")
+    if trainer.world_size > 1 and sweeping() and not is_torchelastic_launched():
+        raise ValueError(f"trainer.devices={cfg.trainer.devices}: {sweep.ONE_PROCESS}")
     return trainer
 
 
@@ -154,8 +157,8 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if has_bf16 else "32-true"
 
 
-def train(run: Run, cfg: DictConfig) -> float:
-    """Fit, validate and test with the last weights; returns val/bpb, or infinity for none."""
+def train(run: Run, cfg: DictConfig) -> dict[str, Any]:
+    """Fit, validate and test with the last weights; returns what result.json holds."""
     started = time.monotonic()
     module, datamodule, trainer = run
     if trainer.is_global_zero:
@@ -170,9 +173,10 @@ def train(run: Run, cfg: DictConfig) -> float:
     for evaluation in evaluations:
         metrics |= evaluation
     bpb = {f"{split}_bpb": finite(metrics.get(f"{split}/bpb")) for split in ("val", "test")}
+    result = bpb | figures(run, cfg, time.monotonic() - started)
     if trainer.is_global_zero:
-        report(run, cfg, bpb, time.monotonic() - started)
-    return math.inf if bpb["val_bpb"] is None else bpb["val_bpb"]
+        report(result, cfg)
+    return result
 
 
 def finite(value: Any) -> float | None:
@@ -203,12 +207,12 @@ def summary(run: Run, cfg: DictConfig) -> str:
     return "\n".join(f"{label:>16}  {value}" for label, value in rows.items())
 
 
-def report(run: Run, cfg: DictConfig, bpb: dict[str, float | None], seconds: float) -> None:
-    """Write result.json, which the table of a sweep is made of, and print what counts."""
+def figures(run: Run, cfg: DictConfig, seconds: float) -> dict[str, Any]:
+    """What there is to know of a run beside its bpb."""
     model, trainer = run.module.model, run.trainer
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     speeds = [c.tokens_per_second for c in callbacks if isinstance(c, Throughput)]
-    result = bpb | {
+    return {
         "num_params": model.num_params,
         "visible_tokens": model.visible_tokens(cfg.model.seq_len),
         "tokens_per_second": speeds[0] if speeds else None,
@@ -216,9 +220,14 @@ def report(run: Run, cfg: DictConfig, bpb: dict[str, float | None], seconds: flo
         "overrides": list(HydraConfig.get().overrides.task),
         "seconds": round(seconds, 1),
     }
-    Path(cfg.run_dir, "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def report(result: dict[str, Any], cfg: DictConfig) -> None:
+    """Write result.json, which the table of a sweep is made of, and print what counts."""
+    write_text(Path(cfg.run_dir, "result.json"), json.dumps(result, indent=2) + "\n")
+    bpb = {name: result[name] for name in ("val_bpb", "test_bpb")}
     measured = [f"{name} {bits:.4f}" for name, bits in bpb.items() if bits is not None]
-    measured += [f"{trainer.global_step:,} steps", f"{seconds:.0f} s", cfg.run_dir]
+    measured += [f"{result['steps']:,} steps", f"{result['seconds']:.0f} s", cfg.run_dir]
     print("  ".join(measured))
 
 
@@ -227,37 +236,42 @@ def sweeping() -> bool:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | list[float] | None:
+    for warning in NOT_FOR_USERS:  # here: every process that runs jobs of a sweep has its own
+        warnings.filterwarnings("ignore", message=warning)
+    try:
+        return sweep.run_job(cfg, build, train) if sweeping() else run_alone(cfg)
+    except Preempted:
+        sys.exit(EXIT_CODE)
+
+
+def run_alone(cfg: DictConfig) -> None:
+    """One run; what ends it before its time ends the program with the reason."""
     try:
         run = build(cfg)
-    except (ValueError, OSError, InstantiationException) as error:
-        if sweeping() or "HYDRA_FULL_ERROR" in os.environ:
+    except sweep.REFUSALS as error:
+        if "HYDRA_FULL_ERROR" in os.environ:
             raise
-        known = isinstance(error.__cause__, ValueError | OSError)
-        sys.exit(f"{error.__cause__ if known else error}\nHYDRA_FULL_ERROR=1 shows where")
+        sys.exit(f"{sweep.root(error)}\nHYDRA_FULL_ERROR=1 shows where")
+    leads = run.trainer.is_global_zero
     try:
-        return train(run, cfg)
+        train(run, cfg)
     except Preempted as told:
-        if run.trainer.is_global_zero:
+        if leads:
             log.warning("%s; it goes on with run_dir=%s", told, cfg.run_dir)
         wandb.finish()
         run.trainer.strategy.barrier()  # Lightning would kill rank zero if another left first
-        sys.exit(EXIT_CODE)
-    except checkpoints.NotWritten as error:
+        raise
+    except (FloatingPointError, OSError) as error:
+        if "HYDRA_FULL_ERROR" in os.environ:
+            raise
         strategies.stop_others(run.trainer)
-        sys.exit(str(error) if run.trainer.is_global_zero else 1)
-    except FloatingPointError as error:
-        if not sweeping():
-            sys.exit(str(error))
-        log.error("%s", error)  # a sweep goes on: this job is as bad as can be
-        return math.inf
+        sys.exit(str(error) if leads else 1)
     finally:
-        wandb.finish()  # or the next job of a sweep would log into this one's run
+        wandb.finish()
 
 
 if __name__ == "__main__":
-    for warning in NOT_FOR_USERS:
-        warnings.filterwarnings("ignore", message=warning)
     try:
         sys.argv[1:] = resume.arguments(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:

@@ -14,8 +14,10 @@ from callbacks.step_checkpoint import StepCheckpoint
 EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 
 
-class Preempted(Exception):
-    """The run was told to end, and is saved."""
+class Preempted(BaseException):
+    """The run was told to end, and is saved. As KeyboardInterrupt, it is no error to recover from:
+    a sweep does not go on with its next job.
+    """
 
 
 class Preemption(Callback):

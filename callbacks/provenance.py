@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
@@ -58,7 +60,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def command() -> str:
-    """The command line, quoted for a shell."""
+    """The command line, quoted for a shell; for a job of a sweep, one that runs this job alone."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        overrides = HydraConfig.get().overrides.task
+        return shlex.join([sys.executable, str(PROJECT / "train.py"), *overrides])
     return shlex.join([sys.executable, *sys.orig_argv[1:]])
 
 

@@ -1,8 +1,9 @@
-"""What came out of a sweep: sweep.csv, sweep.md and sweep.png in its folder.
+"""What came out of a sweep: sweep.csv, and sweep.md and sweep.png made of it.
 
-    python -m callbacks.sweep_report outputs/sweeps/<time>    write them (again)
+    python -m callbacks.sweep_report                          of the newest sweep that has a CSV
+    python -m callbacks.sweep_report outputs/sweeps/<time>    of this one
 
-Hydra calls `SweepReport` after every job, so that the files also stand when a later job fails.
+Hydra calls `SweepReport` after every job, so that the CSV also stands when the sweep is killed.
 """
 
 import csv
@@ -10,17 +11,18 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.run_folder import replacing, write_text
+from callbacks.sweep_plot import Job, draw, finished, pareto_front, telling
 
 COLUMNS = (
     "job",
@@ -32,102 +34,130 @@ COLUMNS = (
     "tokens_per_second",
     "steps",
     "seconds",
+    "error",
 )
-FAILED = "failed"
-FRONT, BEHIND = "#c2452d", "#8aa9c9"
-Job = dict[str, Any]  # one row: the COLUMNS; val_bpb is FAILED where there is no result
+TEXT = ("job", "overrides", "error")  # the other columns are numbers
+SWEEPS = Path("outputs", "sweeps")
 
 
 class SweepReport(Callback):
-    """Writes the report of a multirun after each of its jobs. Does nothing in a single run."""
+    """Writes sweep.csv after each job of a multirun, and what is made of it at the end.
+
+    Does nothing in a single run. Raises SystemExit at the end of a sweep without a single result,
+    for the sake of its exit code.
+    """
 
     def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN and is_rank_zero():
-            write_report(Path(config.hydra.sweep.dir))
+            write_csv(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if is_rank_zero():
-            print(f"{write_report(Path(config.hydra.sweep.dir))}\n{config.hydra.sweep.dir}")
+        if not is_rank_zero():
+            return
+        folder = Path(config.hydra.sweep.dir)
+        write_csv(folder)
+        print(f"{write_table_and_plot(folder)}\n{folder}", flush=True)
+        if not finished(read_csv(folder)):
+            sys.exit(f"no job of {folder} has a result")
 
 
 def is_rank_zero() -> bool:
-    """False in the processes that distributed training starts beside rank zero: each of them runs
-    the sweep again, in a folder of its own.
-    """
+    """False in the processes that torchrun starts beside rank zero: each runs the sweep."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def write_report(folder: Path) -> str:
-    """Write the three files into a multirun's folder; returns the table in Markdown.
+def write_csv(folder: Path) -> None:
+    """Collect the jobs of a multirun in its sweep.csv.
+
+    Jobs that end at the same time in different processes wait for one another.
 
     Raises:
         FileNotFoundError: if the folder holds no job.
     """
-    jobs = read_jobs(folder)
-    if not jobs:
-        raise FileNotFoundError(f"{folder} holds no job of a multirun: no <job>/.hydra in it")
+    with FileLock(folder / ".sweep.lock"):
+        jobs = collect(folder)
+        if not jobs:
+            raise FileNotFoundError(f"{folder} holds no job of a multirun: no <job>/.hydra in it")
+        write_text(folder / "sweep.csv", as_csv(jobs))
+
+
+def write_table_and_plot(folder: Path) -> str:
+    """Write sweep.md and sweep.png from sweep.csv alone; returns the table in Markdown."""
+    jobs = read_csv(folder)
     table = markdown(jobs)
-    write_text(folder / "sweep.csv", as_csv(jobs))
     write_text(folder / "sweep.md", table)
-    finished = [job for job in jobs if job["val_bpb"] != FAILED]
-    if finished:
+    if finished(jobs):
         with replacing(folder / "sweep.png") as draft:
-            draw(finished).savefig(draft, dpi=150)
+            draw(jobs).savefig(draft, dpi=150)
     return table
 
 
-def read_jobs(folder: Path) -> list[Job]:
+def collect(folder: Path) -> list[Job]:
     """A row for every job that has begun, by name or number; best first is the reader's to sort."""
-    records = [path.parent for path in folder.rglob(".hydra") if path.is_dir()]
-    jobs = [read_job(record, folder) for record in records]
+    begun = folder.rglob(".hydra/overrides.yaml")
+    jobs = [read_job(path.parent.parent, folder) for path in begun]
     return sorted(jobs, key=lambda job: (len(job["job"]), job["job"]))
 
 
 def read_job(record: Path, folder: Path) -> Job:
-    """One job's overrides and result; a result that is missing or not finite counts as failed."""
-    result: Job = {}
+    """One job's overrides and result, or why there is none."""
+    result: Job = {"error": "no result: it is running, or was killed"}
     if (file := record / "result.json").exists():
         result = json.loads(file.read_text(encoding="utf-8"))
-    overrides = OmegaConf.to_container(OmegaConf.load(record / ".hydra" / "overrides.yaml"))
     job = {column: result.get(column) for column in COLUMNS}
+    overrides = OmegaConf.to_container(OmegaConf.load(record / ".hydra" / "overrides.yaml"))
     job |= {"job": str(record.relative_to(folder)), "overrides": overrides}
-    if job["val_bpb"] is None or not math.isfinite(job["val_bpb"]):
-        job["val_bpb"] = FAILED
+    bpb = math.nan if job["val_bpb"] is None else job["val_bpb"]
+    if job["error"] is None and not math.isfinite(bpb):
+        job |= {"val_bpb": None, "error": "no finite val_bpb"}
     return job
 
 
-def telling(jobs: list[Job]) -> list[list[str]]:
-    """What tells the jobs apart: their overrides without those that all share."""
-    shared = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
-    return [[o for o in job["overrides"] if o not in shared] for job in jobs]
-
-
-def short(override: str) -> str:
-    """`attention.num_selected_blocks=4` -> `num_selected_blocks=4`."""
-    name, equals, value = override.partition("=")
-    return name.rpartition(".")[2] + equals + value
-
-
 def as_csv(jobs: list[Job]) -> str:
+    """One row a job; the overrides quoted as on a command line."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
     for job in jobs:
-        flat = {**job, "overrides": " ".join(job["overrides"])}
+        flat = {**job, "overrides": shlex.join(job["overrides"])}
         writer.writerow([flat[column] for column in COLUMNS])
     return buffer.getvalue()
 
 
+def read_csv(folder: Path) -> list[Job]:
+    """The rows of a folder's sweep.csv; None where there is no number.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a column is missing, or a number is none.
+    """
+    path = folder / "sweep.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
+        rows = list(reader)
+    numbers = [column for column in COLUMNS if column not in TEXT]
+    jobs: list[Job] = [{c: float(row[c]) if row[c] else None for c in numbers} for row in rows]
+    for job, row in zip(jobs, rows, strict=True):
+        overrides = shlex.split(row["overrides"])
+        job.update(job=row["job"], overrides=overrides, error=row["error"] or None)
+    return jobs
+
+
 def markdown(jobs: list[Job]) -> str:
     """The jobs as a table, those on the Pareto front in bold."""
-    front = pareto_front(jobs)
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    front = [job["job"] for job in pareto_front(jobs, "visible_tokens")]
+    columns = COLUMNS if any(job["error"] for job in jobs) else COLUMNS[:-1]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for job, overrides in zip(jobs, telling(jobs), strict=True):
         row = {**job, "overrides": ", ".join(overrides)}
-        cells = [cell(column, row[column]) for column in COLUMNS]
+        cells = {column: cell(column, row[column]) for column in columns}
+        if job["error"]:
+            cells["val_bpb"] = "failed"
         if job["job"] in front:
-            cells[2] = f"**{cells[2]}**"
-        lines.append("| " + " | ".join(cells) + " |")
+            cells["val_bpb"] = f"**{cells['val_bpb']}**"
+        lines.append("| " + " | ".join(cells.values()) + " |")
     note = "Bold: no other job has a lower val_bpb with as few visible tokens."
     return "\n".join([*lines, "", note, ""])
 
@@ -140,70 +170,23 @@ def cell(column: str, value: Any) -> str:
     return f"{value:.4f}" if column.endswith("bpb") else f"{value:,.0f}"
 
 
-def pareto_front(jobs: list[Job]) -> list[str]:
-    """Names of the jobs that no other beats, by visible tokens: fewer of them and a lower bpb."""
-    finished = [job for job in jobs if job["val_bpb"] != FAILED]
-    front, best = [], math.inf
-    for job in sorted(finished, key=lambda job: (job["visible_tokens"], job["val_bpb"])):
-        if job["val_bpb"] < best:
-            front.append(job["job"])
-            best = job["val_bpb"]
-    return front
+def newest_sweep(sweeps: Path = SWEEPS) -> Path:
+    """The folder whose sweep.csv was written last.
 
-
-def draw(jobs: list[Job]) -> Figure:
-    """Validation bpb against visible tokens: a point a job, the Pareto front joined by steps."""
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.subplots()
-    front = pareto_front(jobs)
-    points = [
-        (job["visible_tokens"], job["val_bpb"])
-        for name in front
-        for job in jobs
-        if job["job"] == name
-    ]
-    axes.step(
-        *zip(*points, strict=True), where="post", color=FRONT, alpha=0.5, label="Pareto front"
-    )
-    middle = sum(math.log(job["visible_tokens"]) for job in jobs) / len(jobs)
-    for job, overrides in zip(jobs, telling(jobs), strict=True):
-        x, y = job["visible_tokens"], job["val_bpb"]
-        leads = job["job"] in front
-        axes.plot(x, y, "o", color=FRONT if leads else BEHIND, markersize=7)
-        left = math.log(x) <= middle  # labels grow towards the middle
-        text = axes.annotate(
-            "\n".join(map(short, overrides)),
-            (x, y),
-            xytext=(6 if left else -6, 6 if leads else -6),
-            textcoords="offset points",
-            ha="left" if left else "right",
-            va="bottom" if leads else "top",
-            fontsize=8,
-        )
-        text.set_in_layout(False)
-    axes.set_xscale("log")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(apart(sorted(job["visible_tokens"] for job in jobs)))
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_xlabel("visible tokens: keys that the last query of a sequence reads")
-    axes.set_ylabel("validation, bits per byte")
-    axes.grid(alpha=0.25)
-    axes.margins(x=0.12, y=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return figure
-
-
-def apart(ascending: list[float], factor: float = 1.1) -> list[float]:
-    """The values that can be told apart as ticks of a logarithmic axis."""
-    kept: list[float] = []
-    for value in ascending:
-        if not kept or value >= factor * kept[-1]:
-            kept.append(value)
-    return kept
+    Raises:
+        FileNotFoundError: if no folder has one.
+    """
+    tables = list(sweeps.glob("*/sweep.csv"))
+    if not tables:
+        raise FileNotFoundError(f"no folder in {sweeps} holds a sweep.csv")
+    return max(tables, key=lambda table: table.stat().st_mtime_ns).parent
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m callbacks.sweep_report FOLDER")
-    print(write_report(Path(sys.argv[1])))
+    if len(sys.argv) > 2:
+        sys.exit("usage: python -m callbacks.sweep_report [FOLDER]")
+    try:
+        folder = Path(sys.argv[1]) if len(sys.argv) == 2 else newest_sweep()
+        print(f"{write_table_and_plot(folder)}\n{folder}")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))

@@ -130,7 +130,7 @@ def test_everything_in_conf_is_read() -> None:
         known = {"name", *inspect.signature(SCHEDULES[schedule.name]).parameters}
         assert set(schedule) <= known, name
     module = inspect.signature(NSALightningModule).parameters
-    text = (CONF.parent / "train.py").read_text()
+    text = "".join((CONF.parent / name).read_text() for name in ("train.py", "sweep.py"))
     text += "".join(path.read_text() for path in CONF.rglob("*.yaml"))
     for key in set(cfg) - set(resume.WHERE):
         assert key in module or f"cfg.{key}" in text or f"${{{key}" in text, key

@@ -32,6 +32,7 @@ from nsa.lightning_module import (
     wsd,
 )
 from nsa.transformer import Transformer
+from sweep import OBJECTIVES
 
 pytestmark = [  # of Lightning 2.6.6 itself, under PyTorch 2.13
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
@@ -390,8 +391,8 @@ def run_train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return run_python(str(ROOT / "train.py"), *arguments, cwd=cwd)
 
 
-def test_a_sweep_trains_every_job_and_leaves_a_table(folder: Path) -> None:
-    sweep = ("-m", *TINY, "trainer.max_steps=30", "attention.num_selected_blocks=0,2")
+def test_a_sweep_trains_every_job_it_can_and_leaves_a_table(folder: Path) -> None:
+    sweep = ("-m", *TINY, "trainer.max_steps=30", "attention.num_selected_blocks=0,2,-1")
     done = run_train(*sweep, "logger=csv", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (outputs,) = (folder / "outputs" / "sweeps").iterdir()
@@ -410,6 +411,32 @@ def test_a_sweep_trains_every_job_and_leaves_a_table(folder: Path) -> None:
     assert (outputs / "sweep.md").is_file() and (outputs / "sweep.png").is_file()
     for line in ("parameters", "tokens per step", "visible tokens", "backend  reference"):
         assert line in done.stdout
+    assert set(OBJECTIVES) == {name for name in results[0] if name != "overrides"}
+    command = (outputs / "1" / "command.txt").read_text()  # of this job alone
+    assert "train.py trainer=cpu" in command and "attention.num_selected_blocks=2 " in command
+    refused = json.loads((outputs / "2" / "result.json").read_text())
+    assert "num_selected_blocks=-1 must be at least 0" in refused["error"]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_jobs_side_by_side_outlive_a_refused_one_and_have_a_wandb_run_each(folder: Path) -> None:
+    optuna = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=3")
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    search = ("attention.num_selected_blocks=choice(0,2,-1)", "trainer.max_steps=2")
+    done = run_train("-m", *TINY, *optuna, *joblib, *search, "data.num_workers=1", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (outputs,) = (folder / "outputs" / "sweeps").iterdir()
+    with (outputs / "sweep.csv").open(newline="") as file:
+        errors = {row["overrides"].split()[0]: row["error"] for row in csv.DictReader(file)}
+    assert errors.pop("attention.num_selected_blocks=-1").startswith("num_selected_blocks=-1")
+    assert list(errors.values()) == ["", ""]
+    assert (outputs / "sweep.md").is_file() and (outputs / "sweep.png").is_file()
+    runs = [path.read_text().strip() for path in outputs.glob("*/wandb_id.txt")]
+    assert len(set(runs)) == 2
+    for path in outputs.glob("*/wandb_id.txt"):
+        (log,) = path.parent.glob(f"wandb/offline-run-*/run-{path.read_text().strip()}.wandb")
+        assert outputs.name.encode() in log.read_bytes()  # its group
+    assert "#0 " in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
 def test_what_cannot_run_is_refused_in_one_message(folder: Path) -> None:
@@ -438,12 +465,13 @@ def test_validation_counts_optimizer_steps_and_the_test_can_be_left_out(folder: 
         ({"val_every_n_steps": 0}, "val_every_n_steps=0 must be at least 1"),
         ({"model": {"vocab_size": 100}}, "vocab_size=100 must be at least data.vocab_size=256"),
         ({"compile": "off"}, "compile=off is text"),
+        ({"objective": "bpb"}, "objective=bpb must be one or a list of val_bpb, test_bpb"),
     ],
 )
 def test_settings_nothing_else_would_notice_are_refused(change: dict, message: str) -> None:
     batch = {"sequences_per_step": 1, "micro_batch_size": 1}
     good = {"batch": batch, "val_every_n_steps": 1, "model": {"vocab_size": 256}}
-    good |= {"data": {"vocab_size": 256}, "compile": False}
+    good |= {"data": {"vocab_size": 256}, "compile": False, "objective": "val_bpb"}
     train.check_settings(good)
     bad = good | {k: good[k] | v if isinstance(v, dict) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,246 @@
+"""What a job of a sweep does that a single run does not: it has a GPU of its own, it tells the
+sweeper how good it was, and whatever it dies of, the next job runs.
+"""
+
+import gc
+import io
+import json
+import logging
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import wandb
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, ListConfig
+from torch.distributed import is_torchelastic_launched
+
+import gpus
+from callbacks.run_folder import write_text
+
+log = logging.getLogger(__name__)
+
+OBJECTIVES = (  # the numbers in result.json
+    "val_bpb",
+    "test_bpb",
+    "visible_tokens",
+    "num_params",
+    "tokens_per_second",
+    "steps",
+    "seconds",
+)
+REFUSALS = (ValueError, OSError, InstantiationException)  # of a config, before training
+ENDINGS = (FloatingPointError, torch.OutOfMemoryError)  # of a training: the message says it all
+ONE_PROCESS = (
+    "a job of a sweep is one process on one device: add trainer.devices=1 (hydra/launcher=joblib "
+    "hydra.launcher.n_jobs=4 runs four jobs at once, each on a GPU of its own), or start the sweep "
+    "with torchrun and hydra.sweep.dir=FOLDER, which runs every job on all devices"
+)
+
+
+# Before the first job
+
+
+class SweepCheck(Callback):
+    """Refuses a sweep in which every job would fail, before there is one."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            check(config)
+        except ValueError as error:
+            sys.exit(str(error))  # Hydra makes a warning of any other exception
+
+
+def check(config: DictConfig) -> None:
+    """Refuse what no job of this sweep could run with; `config` holds `hydra` too.
+
+    Raises:
+        ValueError: naming the value, the rule and the way out.
+    """
+    check_objective(config.objective)
+    if wants_processes(config.trainer) and not is_torchelastic_launched():
+        raise ValueError(f"trainer.devices={config.trainer.devices}: {ONE_PROCESS}")
+    if "direction" in config.hydra.sweeper:
+        check_search(config.hydra.sweeper, names(config.objective))
+
+
+def check_objective(objective: Any) -> None:
+    """Refuse a name that result.json will not hold."""
+    wanted = names(objective)
+    if not wanted or not set(wanted) <= set(OBJECTIVES):
+        raise ValueError(f"objective={objective} must be one or a list of {', '.join(OBJECTIVES)}")
+
+
+def check_search(sweeper: DictConfig, objectives: list[str]) -> None:
+    """Refuse a search by Optuna that would die of its first job, or of its first failed one."""
+    if is_torchelastic_launched():
+        raise ValueError("under torchrun every rank would search by itself: sweep over a grid")
+    directions = directions_of(sweeper, len(objectives))
+    if len(directions) != len(objectives):
+        raise ValueError(
+            f"hydra.sweeper.direction={directions} must have one direction for each name of "
+            f"objective={objectives}"
+        )
+    if len(objectives) > 1 and "TPE" in sweeper.sampler._target_:
+        raise ValueError(
+            "the TPE sampler cannot go on after a failed job where there are several objectives: "
+            "use hydra/sweeper/sampler=nsgaii, or one objective"
+        )
+    if sweeper.n_jobs < 1:
+        raise ValueError(
+            f"hydra.sweeper.n_jobs={sweeper.n_jobs} must be at least 1; it is how many jobs run "
+            "at once, hydra.launcher.n_jobs with the joblib launcher"
+        )
+
+
+def wants_processes(trainer: DictConfig) -> bool:
+    """Whether the trainer asks for more than one process; `auto` is one device in a sweep."""
+    devices = trainer.devices
+    one = len(devices) == 1 if isinstance(devices, ListConfig) else devices in ("auto", 1, "1")
+    return trainer.num_nodes != 1 or not one
+
+
+# A job
+
+
+def run_job(
+    cfg: DictConfig,
+    build: Callable[[DictConfig], Any],
+    train: Callable[[Any, DictConfig], Mapping[str, Any]],
+) -> float | list[float]:
+    """Build and train on a GPU of this job's own; what the sweeper is told."""
+    with beside_others(), one_gpu(cfg.trainer):
+        result = attempt(cfg, build, train)
+    return score(result, cfg.objective)
+
+
+def attempt(
+    cfg: DictConfig,
+    build: Callable[[DictConfig], Any],
+    train: Callable[[Any, DictConfig], Mapping[str, Any]],
+) -> Mapping[str, Any]:
+    """The result of a job. One that fails leaves its reason in the log and in result.json."""
+    expected = REFUSALS
+    try:
+        run = build(cfg)
+        expected = ENDINGS
+        return train(run, cfg)
+    except Exception as error:
+        known = isinstance(error, expected) and "HYDRA_FULL_ERROR" not in os.environ
+        why = first_line(error if known else f"{type(error).__name__}: {error}")
+        hydra = HydraConfig.get()
+        log.error("job %s failed: %s", hydra.job.num, why, exc_info=not known)
+        result = {"error": why, "overrides": list(hydra.overrides.task)}
+        write_text(Path(cfg.run_dir, "result.json"), json.dumps(result, indent=2) + "\n")
+        if is_torchelastic_launched():
+            sys.exit(1)  # the other ranks wait for this one: torchrun ends them
+        return result
+    finally:
+        wandb.finish()  # or the next job would log into this one's run
+
+
+def first_line(error: object) -> str:
+    """What a table has room for."""
+    if isinstance(error, Exception):
+        error = root(error)
+    return (str(error).strip().splitlines() or ["no reason given"])[0]
+
+
+def root(error: Exception) -> BaseException:
+    """What a part refused itself with, in place of Hydra's word that it could not be made."""
+    cause = error.__cause__
+    return cause if isinstance(cause, ValueError | OSError) else error
+
+
+@contextmanager
+def beside_others() -> Iterator[None]:
+    """With joblib, printed lines bear the job's number, and loader processes start as elsewhere:
+    joblib's own way of starting a process, which it leaves behind, is not for them.
+    """
+    hydra = HydraConfig.get()
+    if hydra.runtime.choices["hydra/launcher"] != "joblib":
+        yield
+        return
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    with redirect_stdout(NumberedLines(hydra.job.num, sys.stdout)):
+        yield
+
+
+class NumberedLines(io.TextIOBase):
+    """A stream that passes whole lines on to another one, each behind a job's number.
+
+    It is no terminal, so that nobody draws a bar on it.
+    """
+
+    def __init__(self, number: int, stream: TextIO) -> None:
+        self.number, self.stream, self.begun = number, stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.begun = (self.begun + text).split("\n")
+        self.stream.write("".join(f"#{self.number} {line}\n" for line in lines))
+        self.stream.flush()
+        return len(text)
+
+
+@contextmanager
+def one_gpu(trainer: DictConfig) -> Iterator[None]:
+    """A GPU that no other job has. On a CPU, or where torchrun deals them out, none is taken."""
+    choice = gpus_of(trainer)
+    if not choice:
+        yield
+        return
+    with gpus.free_gpu(choice) as number:
+        trainer.devices = [number]
+        torch.cuda.reset_peak_memory_stats(number)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()  # this process's next job may run on another GPU
+
+
+def gpus_of(trainer: DictConfig) -> dict[int, str]:
+    """The GPUs that a job may choose from: number -> id."""
+    on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if not on_gpu or is_torchelastic_launched() or wants_processes(trainer):
+        return {}
+    found = gpus.visible()
+    listed = trainer.devices if isinstance(trainer.devices, ListConfig) else found
+    return {number: found[number] for number in listed if number in found}
+
+
+# What the sweeper is told
+
+
+def score(result: Mapping[str, Any], objective: Any) -> float | list[float]:
+    """The objectives' values; all are as bad as can be where one is missing or not finite."""
+    wanted = names(objective)
+    found = [result.get(name) for name in wanted]
+    values = [float(value) for value in found if value is not None and math.isfinite(value)]
+    if len(values) < len(wanted):
+        if "error" not in result:
+            log.warning("%s is %s: the sweeper is told the worst", ", ".join(wanted), found)
+        directions = directions_of(HydraConfig.get().sweeper, len(wanted))
+        values = [-math.inf if direction == "maximize" else math.inf for direction in directions]
+    return values[0] if len(values) == 1 else values
+
+
+def names(objective: Any) -> list[str]:
+    """One name or many."""
+    if objective is None:
+        return []
+    return [objective] if isinstance(objective, str) else list(objective)
+
+
+def directions_of(sweeper: Any, count: int) -> list[str]:
+    """minimize or maximize, for each objective; a sweeper that knows neither minimises."""
+    if "direction" not in sweeper:
+        return ["minimize"] * count
+    found = sweeper.direction if isinstance(sweeper.direction, ListConfig) else [sweeper.direction]
+    return [str(direction).rpartition(".")[2] for direction in found]
