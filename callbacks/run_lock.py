@@ -25,6 +25,9 @@ class RunLock(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self._take(Path(config.hydra.sweep.dir))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # joblib copies it to processes that run a sweep's jobs: the lock stays here
+
     def _take(self, folder: Path) -> None:
         if not starts_the_run():
             return
