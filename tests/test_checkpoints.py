@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,17 @@ def test_trainers_write_whole_checkpoints(tmp_path: Path, trainer: str) -> None:
     strategy = train.build_trainer(cfg).strategy
     assert isinstance(strategy.checkpoint_io, checkpoints.WholeCheckpointIO)
     assert isinstance(strategy, FSDP2Strategy) == (trainer == "fsdp")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_message(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise checkpoints.NotWritten("no space")
+
+    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
+    monkeypatch.setattr(train, "build", lambda _: SimpleNamespace(trainer=trainer))
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(SystemExit, match="no space"):
+        train.main.__wrapped__(OmegaConf.create())
 
 
 def test_a_folder_can_go_on_without_the_strategy_that_wrote_it(tmp_path: Path) -> None:

@@ -2,19 +2,24 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from parallel_runs import ROOT, results
 from test_train import ATTENTION, MODEL, TINY, Counting, make_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import strategies
 from nsa import parallel
 from nsa.lightning_module import total_nats
 from nsa.transformer import Transformer
@@ -140,6 +145,13 @@ def test_kernels_are_recomputed_compiled_and_sharded(runs: dict[str, Any]) -> No
 def test_a_broken_weight_of_one_rank_stops_all(runs: dict[str, Any]) -> None:
     first, second = runs["broken_shard"]
     assert first == second and first.startswith("weights are not finite after step 2, 1 of 31")
+
+
+def test_processes_that_were_launched_are_ended() -> None:
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), 2, 1)
+    launcher.procs = [subprocess.Popen(["sleep", "60"])]
+    strategies.stop_others(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
+    assert launcher.procs[0].wait() == -signal.SIGKILL
 
 
 def test_torchrun_trains_from_the_same_configs(tmp_path: Path) -> None:
