@@ -4,6 +4,7 @@ A file, or a folder that every rank wrote its shards into. What is being written
 """
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from callbacks.run_folder import replacing, write_text
 
@@ -23,6 +25,17 @@ FOLDER = "checkpoints"  # inside a run folder
 PARTS = ("state_dict", "hyper_parameters", "optimizer_states", "loops", "global_step")
 SHARDED = ("state_dict", "optimizer_states")  # of them, what lies in a folder's shards
 REST = "meta.pt"  # of a folder: all but SHARDED, under the name that Lightning looks for
+INDEX = ".metadata"  # of a folder: what lies where, under PyTorch's name
+INDEX_NAMES = {  # what an index is made of, beside dtypes
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties"),
+        *("ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+}
 MANIFEST = "manifest.json"  # of a folder: size and sha256 of every other file
 
 
@@ -65,10 +78,7 @@ def refuse_faults(path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a whole checkpoint; that of a folder as if one process had written it.
-
-    A folder is read by PyTorch's own reader, which unpickles: load only folders that you trust.
-    """
+    """The content of a whole checkpoint; that of a folder as if one process had written it."""
     if not path.is_dir():
         return load_file(path)
     content = _load_distributed_checkpoint(path)
@@ -94,7 +104,8 @@ def numbered(state: dict[str, Any]) -> dict[str, Any]:
 def find_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None; reads every byte once."""
     if path.is_dir():
-        return find_folder_fault(path) or find_content_fault(path / REST, elsewhere=SHARDED)
+        fault = find_folder_fault(path) or find_code(path)
+        return fault or find_content_fault(path / REST, elsewhere=SHARDED)
     return find_file_fault(path) or find_content_fault(path)
 
 
@@ -136,6 +147,35 @@ def find_folder_fault(folder: Path) -> str | None:
     now = fingerprints([folder / name for name in manifest])
     damaged = [name for name in manifest if now[name] != manifest[name]]
     return f"its file {min(damaged)} is damaged" if damaged else None
+
+
+class IndexReader(pickle.Unpickler):
+    """Reads what lies where in a folder; refuses names that no such index is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in INDEX_NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def find_code(folder: Path) -> str | None:
+    """What in a folder is more than plain values, or None.
+
+    PyTorch's own reader of folders unpickles whatever there is, and so would run it: this goes
+    before it.
+    """
+    try:
+        with (folder / INDEX).open("rb") as file:
+            index = IndexReader(file).load()
+        for item, place in index.storage_data.items():
+            if isinstance(index.state_dict_metadata[item.fqn], BytesStorageMetadata):
+                with (folder / Path(place.relative_path).name).open("rb") as file:
+                    file.seek(place.offset)
+                    torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, KeyError) as error:
+        return f"it holds more than plain values ({first_line(error)})"
+    return None
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:

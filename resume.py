@@ -20,6 +20,7 @@ from callbacks.run_folder import write_text
 from checkpoints import FOLDER, find_fault, newest_first
 
 SWEEPS = "sweeps"  # the outputs of sweeps lie in here, two levels deep
+HOW = ("trainer", "callbacks", "logger")  # groups that may change where a run goes on
 WHERE = ("ckpt_path", "resume", "run_dir")  # overrides that name a run, not what it does
 MODES = ("auto", "never")  # of resume; anything else is a path
 
@@ -211,11 +212,11 @@ def find_last(outputs: Path, typed: Mapping[str, str]) -> Path:
 
 
 def agrees(run: Path, typed: Mapping[str, str]) -> bool:
-    """Whether a run was composed of the groups (model=, data=, …) and the name typed now."""
+    """Whether a run was composed of the groups (model=, data=, …, but HOW) and the name typed."""
     composed = OmegaConf.load(run / ".hydra" / "hydra.yaml").hydra.runtime.choices
     chosen = {str(group): f"{group}={choice}" for group, choice in composed.items()}
     chosen |= {key(override): override for override in overrides_of(run) if key(override) == "name"}
-    asked = [typed[k] for k in typed if k in composed or k == "name"]
+    asked = [typed[k] for k in typed if (k in composed and k not in HOW) or k == "name"]
     return all(chosen.get(key(override)) == override for override in asked)
 
 

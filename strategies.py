@@ -82,7 +82,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             own = list(draft.glob(f"__{self.global_rank}_*"))
             if self.is_global_zero:
                 checkpoints.write_through(checkpoint, draft / checkpoints.REST)
-                own += [draft / checkpoints.REST, draft / ".metadata"]
+                own += [draft / checkpoints.REST, draft / checkpoints.INDEX]
             written = checkpoints.fingerprints(own)
         manifest = {name: file for part in gathered(written) for name, file in part.items()}
         with self._failing_together(path):

@@ -15,6 +15,11 @@ class StepCheckpoint(ModelCheckpoint):
     keep `every_n_train_steps` set and `monitor=step`.
     """
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # A run that goes on is saved already: not again before its first step is done.
+        self._last_global_step_saved = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -1,6 +1,8 @@
 """A checkpoint is whole or not there, and everything that trains goes on from it."""
 
+import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from parallel_runs import ROOT, results
+from torch.distributed.checkpoint import save
 
 import checkpoints
 import generate
@@ -209,6 +212,33 @@ def test_only_plain_values_are_loaded(tmp_path: Path) -> None:
         checkpoints.WholeCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
 
 
+class Code:
+    """Unpickled, it leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.trace),))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("where", ["index", "value"])
+def test_nothing_in_a_folder_can_run(tmp_path: Path, where: str) -> None:
+    folder, trace = tmp_path / "step_1.ckpt", tmp_path / "trace"
+    values = {"rate": 0.5, "weight": torch.ones(3)}
+    code = {"rate": Code(trace)} if where == "value" else {}
+    save(values | code, checkpoint_id=folder, no_dist=True)
+    torch.save(content(), folder / checkpoints.REST)
+    if where == "index":
+        (folder / checkpoints.INDEX).write_bytes(pickle.dumps(Code(trace)))
+    written = checkpoints.fingerprints(list(folder.iterdir()))
+    (folder / checkpoints.MANIFEST).write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="it holds more than plain values"):
+        checkpoints.check(folder)
+    assert not trace.exists()
+
+
 def test_where_nothing_can_be_written_the_reason_is_given(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(checkpoints.NotWritten, match="no older one is whole") as failure:
@@ -237,7 +267,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_message(monkeyp
     monkeypatch.setattr(train, "build", lambda _: SimpleNamespace(trainer=trainer))
     monkeypatch.setattr(train, "train", fail)
     with pytest.raises(SystemExit, match="no space"):
-        train.main.__wrapped__(OmegaConf.create())
+        train.run_alone(OmegaConf.create())
 
 
 def test_a_folder_can_go_on_without_the_strategy_that_wrote_it(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def test_last_is_the_newest_run_of_what_was_typed(tmp_path: Path) -> None:
 
     assert last() == "2"
     assert last("model=nsa_tiny", "trainer.max_steps=9") == "1"
+    assert last("model=nsa_tiny", "trainer=fsdp", "logger=csv") == "1"
     assert last("name=b") == "2"
     with pytest.raises(FileNotFoundError, match=r"runs with checkpoints: a, b"):
         last("model=nsa_tiny", "name=b")
@@ -233,7 +234,8 @@ def make_run(run: Path, *, age: int, model: str, overrides: list[str] | None = N
     (run / ".hydra").mkdir()
     torch.save({part: {} for part in checkpoints.PARTS}, path)
     os.utime(path, (1e9 - age, 1e9 - age))
-    choices = {"hydra": {"runtime": {"choices": {"model": model}}}}
+    groups = {"model": model, "trainer": "ddp", "logger": "default"}
+    choices = {"hydra": {"runtime": {"choices": groups}}}
     OmegaConf.save(OmegaConf.create(choices), run / ".hydra" / "hydra.yaml")
     OmegaConf.save(OmegaConf.create(overrides or []), run / ".hydra" / "overrides.yaml")
     return path
