@@ -5,7 +5,9 @@ where the last windows of a validation or test split are padded.
 """
 
 import logging
+import os
 import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -216,10 +218,18 @@ class TokenDataModule(L.LightningDataModule, ABC):
 
 def leave_signals_to_the_trainer(worker: int) -> None:
     """A signal to end reaches every process of a job: a loader that obeyed would break the step
-    that its trainer still finishes and saves.
+    that its trainer still finishes and saves. Only the trainer's own SIGTERM ends a loader.
     """
-    for which in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(which, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # everywhere but on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def check_at_least(option: str, value: int, least: int) -> None:

@@ -1,7 +1,10 @@
 """A signal saves the run at the end of the step it came in; the resume matrix does it for ranks."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import lightning as L
@@ -94,8 +97,22 @@ def test_it_needs_what_saves(tmp_path: Path) -> None:
         fit(tmp_path, Preemption())
 
 
-def test_loaders_do_not_obey_signals(monkeypatch) -> None:
-    told = {}
-    monkeypatch.setattr(signal, "signal", lambda which, handler: told.update({which: handler}))
+def test_a_loader_obeys_its_trainer_alone() -> None:
+    context = multiprocessing.get_context("spawn")
+    serving = context.Event()
+    loader = context.Process(target=serve, args=(serving,))
+    loader.start()
+    assert serving.wait(timeout=100)
+    stranger = f"kill -TERM {loader.pid}; kill -USR1 {loader.pid}"
+    subprocess.run(["sh", "-c", stranger], check=True)
+    loader.join(timeout=0.5)
+    assert loader.is_alive()
+    loader.terminate()
+    loader.join(timeout=20)
+    assert loader.exitcode == 0
+
+
+def serve(serving) -> None:
     leave_signals_to_the_trainer(0)
-    assert told == {signal.SIGTERM: signal.SIG_IGN, signal.SIGUSR1: signal.SIG_IGN}
+    serving.set()
+    time.sleep(60)
