@@ -13,6 +13,7 @@ block wins a tie.
 
 # pyright: reportCallIssue=false
 
+from functools import lru_cache
 from typing import no_type_check
 
 import torch
@@ -22,15 +23,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels.op import custom_op, register_fake
 from nsa.kernels.primitives import (
     LOG2E,
     cdiv,
     load_lse2,
     load_rows,
+    operands,
     padded,
     power_of_2,
     precision,
-    same_dtype,
 )
 
 EMPTY = tl.constexpr(-(2**63))  # the key of a block that may not be kept
@@ -176,6 +178,7 @@ def select_kernel(
     tl.store(out, tl.where(block == LAST, -1, block), mask=live[:, None] & (rank < N))
 
 
+@lru_cache
 def selection_tile(dtype: torch.dtype, ratio: int, n: int, R: int, D: int) -> tuple[int, int, int]:
     """Tokens and blocks of a tile, and warps: about 64 x 128 scores."""
     lanes, kept = power_of_2(ratio), power_of_2(n)
@@ -189,8 +192,8 @@ def selection_tile(dtype: torch.dtype, ratio: int, n: int, R: int, D: int) -> tu
     return tokens, max(blocks_held, 16 // lanes), 8 if tokens == 128 else 4
 
 
-@torch.library.custom_op("nsa::select_blocks", mutates_args=())
-def _select_blocks(
+@custom_op
+def select(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -205,7 +208,6 @@ def _select_blocks(
     logits: bool,
 ) -> Tensor:
     B, T, H, D = q.shape
-    q, k_cmp, lse = q.contiguous(), k_cmp.contiguous(), lse.float().contiguous()
     indices = torch.empty(B, T, index_heads, n, dtype=torch.int32, device=q.device)
     if n == 0:
         return indices
@@ -222,7 +224,7 @@ def _select_blocks(
     return indices
 
 
-@_select_blocks.register_fake
+@register_fake(select)
 def _(q, k_cmp, lse, index_heads, n, *rules):
     return q.new_empty(q.shape[0], q.shape[1], index_heads, n, dtype=torch.int32)
 
@@ -238,9 +240,9 @@ def select_blocks(
 
     Forced blocks first, then by importance; on a tie the lower block. Not differentiable.
     """
-    q, k_cmp = same_dtype(q.detach(), k_cmp.detach())
-    return _select_blocks(
-        q, k_cmp, lse.detach(), k_cmp.shape[2] if shared else q.shape[2],
+    q, k_cmp = operands(q.detach(), k_cmp.detach())
+    return select(
+        q, k_cmp, lse.detach().float().contiguous(), k_cmp.shape[2] if shared else q.shape[2],
         cfg.num_selected_blocks, cfg.compress_block_size, cfg.compress_block_sliding_stride,
         cfg.selection_block_size, cfg.num_initial_blocks, cfg.num_local_blocks, cfg.causal,
         cfg.importance == "logit_mean",

@@ -8,6 +8,7 @@ type checker from wrapping functions that are compiled from their source.
 
 # pyright: reportCallIssue=false
 
+from functools import lru_cache
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -58,27 +59,15 @@ def finite(m):
 
 @triton.jit
 @no_type_check
-def delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, num_rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows: what is taken from every dP of the row, sum(dO * O) - dlse."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = rows < num_rows
+def row_delta(out_ptr, dout, dlse_ptr, rows, live, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """What is taken from every dP of a row, sum(dO * O) - dlse.
+
+    A row that saw nothing has out 0; its dlse counts for nothing later.
+    """
     out = load_rows(out_ptr, rows, live, DV, BLOCK_DV).to(tl.float32)
-    dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV).to(tl.float32)
-    dlse = tl.load(dlse_ptr + rows, mask=live, other=0.0)
-    tl.store(delta_ptr + rows, tl.sum(out * dout, 1) - dlse, mask=live)
-
-
-def row_delta(out: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:
-    """[B, T, H] float32. A row that saw nothing has out 0; its dlse counts for nothing later."""
-    delta = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
-    rows, width = delta.numel(), out.shape[-1]
-    grid = (cdiv(rows, 32),)
-    delta_kernel[grid](
-        out, dout, dlse, delta, rows, DV=width, BLOCK_DV=padded(width), ROWS=32, num_warps=4
-    )
+    delta = tl.sum(out * dout.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + rows, mask=live, other=0.0)
     return delta
 
 
@@ -127,6 +116,7 @@ SHARED_MEMORY = 163 * 1024  # bytes a program may use where no device says other
 HEADROOM = 0.9  # of it for operands; reductions and layout changes take the rest
 
 
+@lru_cache
 def tile_for(kernel: str, dtype: torch.dtype, D: int, DV: int, device: torch.device) -> Tile:
     """The table's tile, shrunk until its operands fit the shared memory of a smaller GPU."""
     width = max(padded(D), padded(DV))
@@ -169,6 +159,7 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+@lru_cache
 def num_multiprocessors(device: torch.device) -> int:
     """How many programs run side by side, at least; the interpreter runs one."""
     if device.type != "cuda":
@@ -176,15 +167,16 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as one tile multiplies them: under autocast in its dtype, else as they are."""
+def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as kernels multiply them: contiguous, of one dtype, under autocast of its own."""
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
-        return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(x.to(dtype).contiguous() for x in tensors)
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(
             f"dtypes {sorted(map(str, dtypes))}: kernels multiply tensors of one dtype, float32, "
             "bfloat16 or float16; cast them, run under autocast, or use backend='reference'"
         )
-    return tensors
+    return tuple(x.contiguous() for x in tensors)

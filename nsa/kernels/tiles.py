@@ -16,7 +16,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, store_rows
+from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, row_delta, store_rows
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def attend_fwd_kernel(
 @triton.jit
 @no_type_check
 def attend_dq_kernel(
-    q_ptr, k_ptr, v_ptr, words_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, words_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
@@ -141,7 +141,10 @@ def attend_dq_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The query gradient of ROWS packed rows: the forward's pass again, with dS for P."""
+    """The query gradient of ROWS packed rows: the forward's pass again, with dS for P.
+
+    Also their delta, which attend_dkv_kernel reads.
+    """
     R: tl.constexpr = H // J
     num_tiles = tl.cdiv(T * R, ROWS)
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
@@ -156,7 +159,8 @@ def attend_dq_kernel(
     q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
     dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
     lse2 = load_lse2(lse_ptr, rows, live)
-    delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+    delta = row_delta(out_ptr, dout, dlse_ptr, rows, live, DV, BLOCK_DV)
+    tl.store(delta_ptr + rows, delta, mask=live)
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
     first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
