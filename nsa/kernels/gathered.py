@@ -109,6 +109,15 @@ def gathered_kernel(
 
 @triton.jit
 @no_type_check
+def add_exactly(total, lost, x):
+    """total + x, and what its rounding lost, to be made up for by the next addition (Kahan)."""
+    x -= lost
+    new = total + x
+    return new, (new - total) - x
+
+
+@triton.jit
+@no_type_check
 def gathered_dk_kernel(
     q_ptr, k_ptr, lse_ptr, indices_ptr, dsum_ptr, dk_ptr, T, C, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
@@ -116,7 +125,11 @@ def gathered_dk_kernel(
     CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
     BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of KEYS compressed keys from every token that sees them."""
+    """The gradients of KEYS compressed keys from every token that sees them.
+
+    In float32 the tiles' sums are added exactly: one accumulator over all tokens and heads would
+    round as often as there are rows, and err more than eager PyTorch, which sums in runs.
+    """
     R: tl.constexpr = H // J
     num_tiles = tl.cdiv(C, KEYS)
     bg = (tl.program_id(0) // num_tiles).to(tl.int64)
@@ -131,6 +144,7 @@ def gathered_dk_kernel(
     if CAUSAL:
         t_lo = c0 * STRIDE + SIZE - 1
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    lost = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for t0 in range(t_lo, T, TOKENS):
         t = t0 + tl.arange(0, TOKENS)
         live = t < T
@@ -156,7 +170,12 @@ def gathered_dk_kernel(
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
                     p = tl.exp2(s - load_lse2(lse_ptr, rows, live)[:, None])
                     ds = tl.where(seen, weight * p, 0.0)
-                dk = tl.dot(tl.trans(ds).to(q.dtype), q, dk, input_precision=PRECISION)
+                ds = tl.trans(ds).to(q.dtype)
+                if q.dtype == tl.float32:
+                    part = tl.dot(ds, q, input_precision=PRECISION)
+                    dk, lost = add_exactly(dk, lost, part)
+                else:
+                    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     store_rows(dk_ptr, (b * C + c) * G + g, c < C, dk * scale, D, BLOCK_D)
 
 
