@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nsa.kernels.autotune import with_tile
 from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import (
     cdiv,
@@ -14,8 +15,8 @@ from nsa.kernels.primitives import (
     padded,
     power_of_2,
     precision,
-    tile_for,
 )
+from nsa.kernels.tile_sizes import Problem, Tile
 from nsa.kernels.tiles import attend_dkv_kernel, attend_dq_kernel, attend_fwd_kernel
 
 MAX_SPLITS = 16  # partial dK/dV a key tile may be cut into
@@ -46,10 +47,10 @@ def attend(
     """
     (B, T, H, D), (_, S, G, DV) = q.shape, v.shape
     J = G if words is None else words.shape[1]
-    out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
-    lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-    tile = tile_for("forward", q.dtype, D, DV, q.device)
-    with torch.cuda.device_of(q):
+
+    def launch(tile: Tile) -> tuple[Tensor, Tensor]:
+        out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
+        lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
         attend_fwd_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
             q, k, v, words, out, lse, T, S, num_words(words), D**-0.5,
             **sizes(H, G, J, D, DV),
@@ -57,7 +58,10 @@ def attend(
             ROWS=tile.rows, KEYS=key_tile(tile.keys, rule, span), PRECISION=precision(),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return out, lse
+        return out, lse
+
+    with torch.cuda.device_of(q):
+        return with_tile(problem("attend_fwd", q, v, J, rule), launch)
 
 
 @custom_op
@@ -79,29 +83,40 @@ def attend_backward(
     """dq, dk, dv; no dlse stands for zeros."""
     (B, T, H, D), (_, S, G, DV) = q.shape, v.shape
     J = G if words is None else words.shape[1]
-    size, device = sizes(H, G, J, D, DV), q.device
-    rules = dict(RULE=rule, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory)
-    dq, delta = torch.empty_like(q), torch.empty_like(lse)
-    with torch.cuda.device_of(q):
-        tile = tile_for("dq", q.dtype, D, DV, device)
+    scalars = T, S, num_words(words)
+    constants = sizes(H, G, J, D, DV) | dict(
+        RULE=rule, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory, PRECISION=precision()
+    )
+
+    def launch_dq(tile: Tile) -> tuple[Tensor, Tensor]:
+        dq, delta = torch.empty_like(q), torch.empty_like(lse)
         attend_dq_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
-            q, k, v, words, out, dout, lse, dlse, delta, dq, T, S, num_words(words), D**-0.5,
-            **size, **rules,
-            ROWS=tile.rows, KEYS=key_tile(tile.keys, rule, span), PRECISION=precision(),
+            q, k, v, words, out, dout, lse, dlse, delta, dq, *scalars, D**-0.5, **constants,
+            ROWS=tile.rows, KEYS=key_tile(tile.keys, rule, span),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        tile = tile_for("dkv", q.dtype, D, DV, device)
+        return dq, delta
+
+    def launch_dkv(tile: Tile) -> tuple[Tensor, Tensor]:
         keys = key_tile(tile.keys, rule, span)
         programs = cdiv(S, keys) * B * J
-        splits = num_splits(programs, rule, device)
+        splits = num_splits(programs, rule, q.device)
         dk, dv = (partial_like(x, splits, J) for x in (k, v))
         attend_dkv_kernel[(programs * splits,)](
-            q, k, v, words, dout, lse, delta, dk, dv, T, S, num_words(words), B, D**-0.5,
-            **size, **rules,
-            ROWS=tile.rows, KEYS=keys, SPLITS=splits, PRECISION=precision(),
-            num_warps=tile.warps, num_stages=tile.stages,
+            q, k, v, words, dout, lse, delta, dk, dv, *scalars, B, splits, D**-0.5, **constants,
+            ROWS=tile.rows, KEYS=keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return dq, summed(dk, k), summed(dv, v)
+        return summed(dk, k), summed(dv, v)
+
+    with torch.cuda.device_of(q):
+        dq, delta = with_tile(problem("attend_dq", q, v, J, rule), launch_dq)
+        dk, dv = with_tile(problem("attend_dkv", q, v, J, rule), launch_dkv)
+    return dq, dk, dv
+
+
+def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, rule: str) -> Problem:
+    _, T, H, D = q.shape
+    return Problem(kernel, q.dtype, D, v.shape[3], H // index_heads, T, q.device, rule)
 
 
 def num_words(words: Tensor | None) -> int:

@@ -75,7 +75,7 @@ def has_bit(word, offs_s, SPAN: tl.constexpr):
     return ((word >> (offs_s // SPAN % 32)) & 1) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 @no_type_check
 def attend_fwd_kernel(
     q_ptr, k_ptr, v_ptr, words_ptr, out_ptr, lse_ptr, T, num_keys, num_words, scale,
@@ -130,7 +130,7 @@ def attend_fwd_kernel(
     tl.store(lse_ptr + rows, (m + tl.log2(norm)) * LN2, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 @no_type_check
 def attend_dq_kernel(
     q_ptr, k_ptr, v_ptr, words_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
@@ -187,26 +187,26 @@ def attend_dq_kernel(
     store_rows(dq_ptr, rows, live, dq * scale, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words", "batch", "splits"])
 @no_type_check
 def attend_dkv_kernel(
     q_ptr, k_ptr, v_ptr, words_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    T, num_keys, num_words, batch, scale,
+    T, num_keys, num_words, batch, splits, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of KEYS keys from one of SPLITS runs of the query rows that see them.
+    """The gradients of KEYS keys from one of `splits` runs of the query rows that see them.
 
-    dk and dv are [SPLITS, B, num_keys, J, D]; whoever launches this sums them in a fixed order.
+    dk and dv are [splits, B, num_keys, J, D]; whoever launches this sums them in a fixed order.
     """
     R: tl.constexpr = H // J
     num_tiles = tl.cdiv(num_keys, KEYS)
-    split = tl.program_id(0) % SPLITS
-    tile = tl.program_id(0) // SPLITS % num_tiles
-    bj = (tl.program_id(0) // SPLITS // num_tiles).to(tl.int64)
+    split = tl.program_id(0) % splits
+    tile = tl.program_id(0) // splits % num_tiles
+    bj = (tl.program_id(0) // splits // num_tiles).to(tl.int64)
     b, j = bj // J, bj % J
     g = j // (J // G)
 
@@ -218,7 +218,7 @@ def attend_dkv_kernel(
     v = load_rows(v_ptr, key_rows, live_s, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
     t_lo, t_hi = seeing_tokens(s0, s_hi, T, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    run = tl.cdiv(tl.cdiv(tl.maximum(t_hi - t_lo, 0) * R, ROWS), SPLITS) * ROWS
+    run = tl.cdiv(tl.cdiv(tl.maximum(t_hi - t_lo, 0) * R, ROWS), splits) * ROWS
     i_lo = t_lo * R + split * run
     i_hi = tl.minimum(i_lo + run, t_hi * R)
 
