@@ -56,14 +56,19 @@ def as_source(kernel: JITFunction, values: dict) -> ASTSource:
     signature, constants, aligned = {}, {}, {}
     for position, param in enumerate(kernel.params):
         value = values[param.name]
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialised = not param.do_not_specialize
+        if (
+            param.is_constexpr
+            or value is None
+            or (specialised and type(value) is int and value == 1)
+        ):
             signature[param.name], constants[param.name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[param.name] = POINTERS[value.dtype]
             aligned[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[param.name] = "i32" if isinstance(value, int) else "fp32"
-            if isinstance(value, int) and value % 16 == 0:
+            if specialised and value % 16 == 0:
                 aligned[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, aligned)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nsa import ops
 from nsa.compress_networks import BlockCompressor, CompressMLP
 from nsa.config import NSAConfig
-from nsa.rotary import rotary_angles, rotate
+from nsa.rotary import rotary_angles
 
 
 class Branches(NamedTuple):
@@ -139,18 +139,16 @@ class SparseAttention(nn.Module):
     def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         compressed, selected, sliding, gates, _ = self.branches(tokens)
         out = ops.combine(gates, compressed, selected, sliding, backend=self.backend)
-        return self.to_out(rearrange(out, "B T H D -> B T (H D)"))
+        return self.to_out(out.flatten(-2))
 
     def branches(self, tokens: Float[Tensor, "B T M"]) -> Branches:
         """The outputs of the three branches, their gates and the selected blocks."""
         tokens = self.norm(tokens)
-        q = rearrange(self.to_q(tokens), "B T (H D) -> B T H D", H=self.heads)
-        kv = rearrange(
-            self.to_kv(tokens), "B T (P G D) -> P B T G D", G=self.kv_heads, D=self.dim_head
-        )
+        q = self.to_q(tokens).unflatten(-1, (self.heads, self.dim_head))
+        kv = self.to_kv(tokens).unflatten(-1, (-1, self.kv_heads, self.dim_head)).unbind(2)
         k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (kv[i] for i in self.kv_layout)
         angles = rotary_angles(q.shape[1], self.dim_head, base=self.rope_base, device=q.device)
-        q_rot = rotate(q, angles)
+        q_rot = ops.rotate(q, angles, backend=self.backend)
 
         # Blocks are compressed, and scored, before rotation: a mean of turned keys is no key.
         k_cmp = self.compress_k(k_cmp)
@@ -158,16 +156,16 @@ class SparseAttention(nn.Module):
         block_indices = ops.select_blocks(
             q, k_cmp, lse, self.cfg, self.shared_selection, backend=self.backend
         )
-        selected = torch.zeros_like(q)
         if self.cfg.num_selected_blocks:
-            k_slc = rotate(k_slc, angles)
+            k_slc = ops.rotate(k_slc, angles, backend=self.backend)
             block_gates = self._block_gates(q, k_cmp, lse, block_indices)
             selected = ops.selected_attention(
                 q_rot, k_slc, v_slc, block_indices, self.cfg, block_gates, backend=self.backend
             )
-        sliding = ops.sliding_window_attention(
-            q_rot, rotate(k_win, angles), v_win, self.cfg, backend=self.backend
-        )
+        else:
+            selected = torch.zeros_like(q)
+        k_win = ops.rotate(k_win, angles, backend=self.backend)
+        sliding = ops.sliding_window_attention(q_rot, k_win, v_win, self.cfg, backend=self.backend)
         gates = _split_gates(self.to_gates(tokens), self.heads).sigmoid()
         return Branches(compressed, selected, sliding, gates, block_indices)
 
@@ -233,7 +231,7 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         tokens = self.norm(tokens)
-        q, k, v = _rotated_qkv(self, tokens)
+        q, k, v = _rotated_qkv(self, tokens, "reference")
         q, k, v = (rearrange(x, "B T H D -> B H T D") for x in (q, k, v))
         grouped = self.kv_heads < self.heads
         out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
@@ -271,20 +269,20 @@ class WindowAttention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        q, k, v = _rotated_qkv(self, self.norm(tokens))
+        q, k, v = _rotated_qkv(self, self.norm(tokens), self.backend)
         out = ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)
         return self.to_out(rearrange(out, "B T H D -> B T (H D)"))
 
 
 def _rotated_qkv(
-    attn: Attention | WindowAttention, tokens: Float[Tensor, "B T M"]
+    attn: Attention | WindowAttention, tokens: Float[Tensor, "B T M"], backend: str
 ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G D"]]:
     q = rearrange(attn.to_q(tokens), "B T (H D) -> B T H D", H=attn.heads)
     k, v = rearrange(attn.to_kv(tokens), "B T (P G D) -> P B T G D", P=2, G=attn.kv_heads)
     angles = rotary_angles(
         tokens.shape[1], attn.dim_head, base=attn.rope_base, device=tokens.device
     )
-    return rotate(q, angles), rotate(k, angles), v
+    return ops.rotate(q, angles, backend=backend), ops.rotate(k, angles, backend=backend), v
 
 
 def _kv_layout(kv_per_branch: bool, compressed_output: bool, selects: bool) -> tuple[int, ...]:

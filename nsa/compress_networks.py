@@ -9,7 +9,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -106,7 +106,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, windows: Float[Tensor, "b h w n d"]) -> Float[Tensor, "b h w d"]:
         weights = (self.to_scores(windows) + self.position_scores).softmax(dim=-2)
-        return einsum(weights, windows, "b h w n d, b h w n d -> b h w d")
+        return reduce(weights * windows, "b h w n d -> b h w d", "sum")
 
 
 class CompressTransformer(nn.Module):
@@ -174,11 +174,12 @@ class BlockCompressor(nn.Module):
         # A sequence shorter than a block passes φ padded and is dropped behind it: φ's parameters
         # then have gradients (of 0) on every rank, whatever T is.
         missing = max(0, self.cfg.compress_block_size - x.shape[1])
-        windows = blocks.compress_windows(F.pad(x, (0, 0, 0, 0, 0, missing)), self.cfg)
+        padded = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+        windows = blocks.compress_windows(padded, self.cfg)
         if self.positions is not None:
             windows = windows + self.positions.to(x.dtype)
         compressed = rearrange(self.network(windows), "B G C D -> B C G D").to(x.dtype)
-        return compressed[:, : blocks.num_compress_blocks(x.shape[1], self.cfg)]
+        return compressed[:, : blocks.num_compress_blocks(x.shape[1], self.cfg)].contiguous()
 
 
 def build_compress_network(

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nsa import blocks, flex, local, reference
+from nsa import blocks, flex, local, reference, rotary
 from nsa.config import NSAConfig
 
 
@@ -28,6 +28,7 @@ class Backend:
     selected_attention: Callable[..., Tensor]
     sliding_window_attention: Callable[..., Tensor]
     combine: Callable[..., Tensor]
+    rotate: Callable[..., Tensor]
     lacks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -38,6 +39,7 @@ REFERENCE = Backend(
     selected_attention=reference.selected_attention,
     sliding_window_attention=local.sliding_window_attention,
     combine=reference.combine,
+    rotate=rotary.rotate,
 )
 
 BACKENDS = {
@@ -61,6 +63,7 @@ if find_spec("triton"):
         selected_attention=kernels.selected_attention,
         sliding_window_attention=kernels.sliding_window_attention,
         combine=kernels.combine,
+        rotate=kernels.rotate,
     )
 
 
@@ -207,6 +210,14 @@ def combine(
     _check_shape("selected", selected, tuple(compressed.shape))
     _check_shape("sliding", sliding, tuple(compressed.shape))
     return _chosen(backend, gates).combine(gates, compressed, selected, sliding)
+
+
+def rotate(
+    x: Float[Tensor, "B T H D"], angles: Float[Tensor, "T half"], *, backend: str = "reference"
+) -> Float[Tensor, "B T H D"]:
+    """See `rotary.rotate`."""
+    _check_shape("angles", angles, (x.shape[1], x.shape[3] // 2))
+    return _chosen(backend, x).rotate(x, angles)
 
 
 def _check_shape(name: str, x: Tensor, wanted: tuple[int, ...]) -> None:

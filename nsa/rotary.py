@@ -18,8 +18,8 @@ def rotary_angles(
     Computed afresh, not kept in a buffer, so that no cast of a model rounds them.
     """
     positions = torch.arange(offset, offset + num_tokens, device=device, dtype=torch.float32)
-    pairs = torch.arange(0, dim_head, 2, device=device, dtype=torch.float32)
-    return positions[:, None] * base ** (-pairs / dim_head)
+    minus_pairs = torch.arange(0, -dim_head, -2, device=device, dtype=torch.float32)
+    return positions[:, None] * base ** (minus_pairs / dim_head)
 
 
 def rotate(

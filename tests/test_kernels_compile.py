@@ -31,6 +31,17 @@ def test_kernels_compile(target, tmp_path):
     assert "attend_dkv_kernel" in run.stdout and "block_bwd_kernel" in run.stdout
 
 
+def test_ops_are_what_pytorch_takes_them_for():
+    """Nothing mutated, true fake shapes, gradients that can be traced."""
+    q, k, v = (x.contiguous() for x in inputs()[:3])
+    angles = torch.randn(20, 8, device=DEVICE)
+    for op, arguments in (
+        (torch.ops.nsa.attend, (q, k, v, None, "band", True, 8, 1, 0)),
+        (torch.ops.nsa.turn, (q, angles, False)),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
 def layer(q, k, v, k_cmp, v_cmp, gates):
     compressed, lse = kernels.compressed_attention(q, k_cmp, v_cmp, CFG)
     indices = kernels.select_blocks(q, k_cmp, lse, CFG)

@@ -6,6 +6,7 @@ from kernels_judge import DEVICE, assert_no_worse, heads
 
 from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
+from nsa.kernels import gathered
 
 
 def config(size, stride, length, n, **changes) -> NSAConfig:
@@ -87,6 +88,21 @@ def test_selected_importance(case):
     assert_no_worse(
         lambda q, k, lse: kernels.selected_importance(q, k, lse, indices, cfg), oracle, q, k, lse
     )
+
+
+def test_a_sum_over_many_tokens_rounds_no_more_than_one_over_few():
+    """The keys' gradient at 8192 tokens of one head, here a plain weighted sum of the queries."""
+    T, D = 8192, 256
+    q, dsum = torch.rand(1, T, 1, D, device=DEVICE), torch.rand(1, T, 1, 1, device=DEVICE)
+    k, lse = torch.zeros(1, 2, 1, D, device=DEVICE), torch.zeros(1, T, 1, device=DEVICE)
+    dk, indices = torch.empty_like(k), torch.zeros_like(dsum, dtype=torch.int32)
+    gathered.gathered_dk_kernel[(1,)](
+        q, k, lse, indices, dsum, dk, T, 2, 1.0,
+        H=1, G=1, J=1, D=D, N=1, SIZE=4, STRIDE=4, LENGTH=8, CAUSAL=False, LOGITS=True,
+        BLOCK_D=D, TOKENS=16, KEYS=16, PRECISION="ieee", num_warps=4,
+    )  # fmt: skip
+    want = (dsum.double() * q.double()).sum(1)[0, 0]
+    torch.testing.assert_close(dk[0, 0, 0].double(), want, rtol=4 * torch.finfo().eps, atol=0)
 
 
 def test_no_blocks_to_choose():

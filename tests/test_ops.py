@@ -18,6 +18,7 @@ CFG = NSAConfig(
 )
 Q, K, K_CMP = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 1, 2, 8)
 LSE, INDICES = torch.randn(2, 9, 4), torch.zeros(2, 9, 2, 2, dtype=torch.int32)
+ANGLES = torch.randn(9, 4)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -92,6 +93,7 @@ def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         "selected_attention": (Q, K, K, INDICES, CFG, None),
         "sliding_window_attention": (Q, K, K, CFG),
         "combine": (torch.ones(2, 9, 4, 3), Q, Q, Q),
+        "rotate": (Q, ANGLES),
     }
     assert list(calls) == names
     for name, args in calls.items():

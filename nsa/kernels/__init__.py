@@ -8,12 +8,14 @@ from nsa.kernels.combine import combine
 from nsa.kernels.compressed import compressed_attention
 from nsa.kernels.gathered import selected_importance
 from nsa.kernels.importance import select_blocks
+from nsa.kernels.rotary import rotate
 from nsa.kernels.selected import selected_attention
 from nsa.kernels.window import sliding_window_attention
 
 __all__ = [
     "combine",
     "compressed_attention",
+    "rotate",
     "select_blocks",
     "selected_attention",
     "selected_importance",

@@ -2,30 +2,33 @@
 
 # pyright: reportCallIssue=false
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from nsa.kernels.autotune import with_tile
+from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import (
     cdiv,
     num_multiprocessors,
     padded,
     power_of_2,
     precision,
-    row_delta,
-    tile_for,
 )
+from nsa.kernels.tile_sizes import Problem, Tile
 from nsa.kernels.tiles import attend_dkv_kernel, attend_dq_kernel, attend_fwd_kernel
 
 MAX_SPLITS = 16  # partial dK/dV a key tile may be cut into
 
 
-def sizes(q: Tensor, k: Tensor, v: Tensor, words: Tensor | None) -> dict[str, int]:
-    D, DV, G = q.shape[3], v.shape[3], k.shape[2]
-    J = G if words is None else words.shape[1]
-    return dict(H=q.shape[2], G=G, J=J, D=D, DV=DV, BLOCK_D=padded(D), BLOCK_DV=padded(DV))
+@lru_cache
+def sizes(H: int, G: int, J: int, D: int, DV: int) -> dict[str, int]:
+    """The compile-time sizes of every kernel here."""
+    return dict(H=H, G=G, J=J, D=D, DV=DV, BLOCK_D=padded(D), BLOCK_DV=padded(DV))
 
 
-@torch.library.custom_op("nsa::attend", mutates_args=())
+@custom_op
 def attend(
     q: Tensor,
     k: Tensor,
@@ -40,26 +43,28 @@ def attend(
     """out [B, T, H, Dv] and lse [B, T, H] of q [B, T, H, D] over k, v [B, S, G, D | Dv].
 
     span is l, w or l' for prefix, band and bits; stride is d and memory the number of keys that
-    every token sees, both for prefix alone.
+    every token sees, both for prefix alone. Arrays are contiguous.
     """
-    B, T, H, D = q.shape
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = torch.empty(B, T, H, v.shape[3], dtype=v.dtype, device=q.device)
-    lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-    size = sizes(q, k, v, words)
-    tile = tile_for("forward", q.dtype, D, v.shape[3], q.device)
-    grid = (cdiv(T * H // size["J"], tile.rows) * B * size["J"],)
-    with torch.cuda.device_of(q):
-        attend_fwd_kernel[grid](
-            q, k, v, words, out, lse, T, k.shape[1], num_words(words), D**-0.5,
-            **size, RULE=rule, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory,
+    (B, T, H, D), (_, S, G, DV) = q.shape, v.shape
+    J = G if words is None else words.shape[1]
+
+    def launch(tile: Tile) -> tuple[Tensor, Tensor]:
+        out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
+        lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+        attend_fwd_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
+            q, k, v, words, out, lse, T, S, num_words(words), D**-0.5,
+            **sizes(H, G, J, D, DV),
+            RULE=rule, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory,
             ROWS=tile.rows, KEYS=key_tile(tile.keys, rule, span), PRECISION=precision(),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return out, lse
+        return out, lse
+
+    with torch.cuda.device_of(q):
+        return with_tile(problem("attend_fwd", q, v, J, rule), launch)
 
 
-@torch.library.custom_op("nsa::attend_backward", mutates_args=())
+@custom_op
 def attend_backward(
     q: Tensor,
     k: Tensor,
@@ -68,40 +73,50 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     rule: str,
     causal: bool,
     span: int,
     stride: int,
     memory: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
-    B, T, H, D = q.shape
-    q, k, v, dout = q.contiguous(), k.contiguous(), v.contiguous(), dout.contiguous()
-    size = sizes(q, k, v, words)
-    rules = dict(RULE=rule, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory)
-    dq = torch.empty_like(q)
-    with torch.cuda.device_of(q):
-        delta = row_delta(out, dout, dlse.contiguous())
-        arrays = (q, k, v, words, dout, lse, delta)
-        tile = tile_for("dq", q.dtype, D, v.shape[3], q.device)
-        grid = (cdiv(T * H // size["J"], tile.rows) * B * size["J"],)
-        attend_dq_kernel[grid](
-            *arrays, dq, T, k.shape[1], num_words(words), D**-0.5, **size, **rules,
-            ROWS=tile.rows, KEYS=key_tile(tile.keys, rule, span), PRECISION=precision(),
+    """dq, dk, dv; no dlse stands for zeros."""
+    (B, T, H, D), (_, S, G, DV) = q.shape, v.shape
+    J = G if words is None else words.shape[1]
+    scalars = T, S, num_words(words)
+    constants = sizes(H, G, J, D, DV) | dict(
+        RULE=rule, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory, PRECISION=precision()
+    )
+
+    def launch_dq(tile: Tile) -> tuple[Tensor, Tensor]:
+        dq, delta = torch.empty_like(q), torch.empty_like(lse)
+        attend_dq_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
+            q, k, v, words, out, dout, lse, dlse, delta, dq, *scalars, D**-0.5, **constants,
+            ROWS=tile.rows, KEYS=key_tile(tile.keys, rule, span),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        tile = tile_for("dkv", q.dtype, D, v.shape[3], q.device)
+        return dq, delta
+
+    def launch_dkv(tile: Tile) -> tuple[Tensor, Tensor]:
         keys = key_tile(tile.keys, rule, span)
-        programs = cdiv(k.shape[1], keys) * B * size["J"]
+        programs = cdiv(S, keys) * B * J
         splits = num_splits(programs, rule, q.device)
-        dk, dv = (partial_like(x, splits, size["J"]) for x in (k, v))
+        dk, dv = (partial_like(x, splits, J) for x in (k, v))
         attend_dkv_kernel[(programs * splits,)](
-            *arrays, dk, dv, T, k.shape[1], num_words(words), B, D**-0.5, **size, **rules,
-            ROWS=tile.rows, KEYS=keys, SPLITS=splits, PRECISION=precision(),
-            num_warps=tile.warps, num_stages=tile.stages,
+            q, k, v, words, dout, lse, delta, dk, dv, *scalars, B, splits, D**-0.5, **constants,
+            ROWS=tile.rows, KEYS=keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return dq, summed(dk, k), summed(dv, v)
+        return summed(dk, k), summed(dv, v)
+
+    with torch.cuda.device_of(q):
+        dq, delta = with_tile(problem("attend_dq", q, v, J, rule), launch_dq)
+        dk, dv = with_tile(problem("attend_dkv", q, v, J, rule), launch_dkv)
+    return dq, dk, dv
+
+
+def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, rule: str) -> Problem:
+    _, T, H, D = q.shape
+    return Problem(kernel, q.dtype, D, v.shape[3], H // index_heads, T, q.device, rule)
 
 
 def num_words(words: Tensor | None) -> int:
@@ -124,39 +139,29 @@ def num_splits(programs: int, rule: str, device: torch.device) -> int:
 
 
 def partial_like(x: Tensor, splits: int, index_heads: int) -> Tensor:
-    """[splits, B, S, J, D]: in float32 if there is anything to sum, else x's own dtype."""
+    """[splits, B, S, J, D] in float32; [B, S, G, D] as x itself where there is nothing to sum."""
     B, S, G, D = x.shape
-    final = splits == 1 and index_heads == G
-    dtype = x.dtype if final else torch.float32
-    return torch.empty(splits, B, S, index_heads, D, dtype=dtype, device=x.device)
+    if splits == 1 and index_heads == G:
+        return torch.empty_like(x)
+    return torch.empty(splits, B, S, index_heads, D, dtype=torch.float32, device=x.device)
 
 
 def summed(partial: Tensor, like: Tensor) -> Tensor:
     """Sum over the splits and over the index heads that share a key head, as `like`."""
+    if partial.ndim == like.ndim:
+        return partial
     B, S, G, D = like.shape
-    splits, J = partial.shape[0], partial.shape[3]
-    if splits == 1 and J == G:
-        return partial[0].to(like.dtype)
-    return partial.view(splits, B, S, G, J // G, D).sum((0, 4)).to(like.dtype)
+    heads = partial.shape[3] // G
+    return partial.view(-1, B, S, G, heads, D).sum((0, 4)).to(like.dtype)
 
 
-@attend.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    words: Tensor | None,
-    rule: str,
-    causal: bool,
-    span: int,
-    stride: int,
-    memory: int,
-) -> tuple[Tensor, Tensor]:
-    out = v.new_empty(*q.shape[:3], v.shape[3])
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+@register_fake(attend)
+def _(q, k, v, words, rule, causal, span, stride, memory):
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
-@attend_backward.register_fake
+@register_fake(attend_backward)
 def _(q, k, v, words, out, lse, dout, dlse, rule, causal, span, stride, memory):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -164,11 +169,15 @@ def _(q, k, v, words, out, lse, dout, dlse, rule, causal, span, stride, memory):
 def _save(ctx, inputs, output):
     q, k, v, words, *ctx.rule = inputs
     ctx.save_for_backward(q, k, v, words, *output)
+    ctx.set_materialize_grads(False)  # lse seldom has a gradient
 
 
 def _backward(ctx, dout, dlse):
-    grads = attend_backward(*ctx.saved_tensors, dout, dlse, *ctx.rule)
+    saved = ctx.saved_tensors
+    dout = torch.zeros_like(saved[4]) if dout is None else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    grads = attend_backward(*saved, dout, dlse, *ctx.rule)
     return *grads, None, None, None, None, None, None
 
 
-attend.register_autograd(_backward, setup_context=_save)
+register_autograd(attend, _backward, setup_context=_save)

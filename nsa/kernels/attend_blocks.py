@@ -7,29 +7,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nsa.kernels.autotune import with_tile
 from nsa.kernels.block_order import (
     block_bwd_kernel,
     block_fwd_kernel,
+    delta_kernel,
     merge_kernel,
     sum_items_kernel,
     sum_slots_kernel,
 )
 from nsa.kernels.lists import cut_items, plan_work, sort_slots
-from nsa.kernels.primitives import cdiv, padded, precision, row_delta
+from nsa.kernels.op import custom_op, register_autograd, register_fake
+from nsa.kernels.primitives import cdiv, padded, precision
+from nsa.kernels.tile_sizes import Problem, Tile
 
 
-def block_tile(dtype: torch.dtype, D: int, DV: int, length: int) -> dict[str, int]:
-    """Rows and keys of a work item's tile, warps and stages."""
-    wide, keys = max(padded(D), padded(DV)), padded(length)
-    if dtype.itemsize == 4:
-        return dict(ROWS=32 if wide <= 128 else 16, KEYS=keys, num_warps=4, num_stages=1)
-    return dict(
-        ROWS=64 if wide <= 128 else 32, KEYS=keys, num_warps=8 if keys * wide > 64 * 128 else 4,
-        num_stages=2,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("nsa::attend_blocks", mutates_args=())
+@custom_op
 def attend_blocks(
     q: Tensor,
     k: Tensor,
@@ -39,73 +32,75 @@ def attend_blocks(
     length: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out [B, T, H, Dv], lse [B, T, H], and what the backward reuses: slots and starts."""
+    """out [B, T, H, Dv], lse [B, T, H], and what the backward reuses: slots and starts.
+
+    Arrays are contiguous. Only out has a gradient.
+    """
     (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
-    q, k, v, block_indices = (x.contiguous() for x in (q, k, v, block_indices))
     num_blocks = cdiv(T, length)
     plan = plan_work(q, block_indices, length, max(D, DV))
-    out = torch.empty(B, T, H, DV, dtype=v.dtype, device=q.device)
-    lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-    part = torch.empty(B * plan.chunk_tokens * H * N, DV, dtype=v.dtype, device=q.device)
-    part_lse = torch.empty(part.shape[0], dtype=torch.float32, device=q.device)
-    with torch.cuda.device_of(q):
-        slots, starts = sort_slots(block_indices, plan, num_blocks)
-        ends, item_lists, _ = cut_items(starts, plan)
-        for c in range(plan.chunks):
-            t_base = c * plan.chunk_tokens
+
+    def launch(tile: Tile) -> tuple[Tensor, Tensor]:
+        out = torch.empty(B, T, H, DV, dtype=v.dtype, device=q.device)
+        lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+        part = torch.empty(B * plan.chunk_tokens * H * N, DV, dtype=v.dtype, device=q.device)
+        part_lse = torch.empty(part.shape[0], dtype=torch.float32, device=q.device)
+        for t_base in range(0, T, plan.chunk_tokens):
             tokens = min(plan.chunk_tokens, T - t_base)
             block_fwd_kernel[(plan.items,)](
                 q, k, v, slots, starts, ends, item_lists, part, part_lse,
                 T, num_blocks, plan.lists, t_base, plan.chunk_tokens, D**-0.5,
                 H=H, G=k.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, CAUSAL=causal,
                 BLOCK_D=padded(D), BLOCK_DV=padded(DV), ITEM=plan.item, PRECISION=precision(),
-                **block_tile(q.dtype, D, DV, length),
+                ROWS=tile.rows, KEYS=padded(length),
+                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             merge_kernel[(cdiv(tokens * H // J, 32) * B * J,)](
                 part, part_lse, block_indices, out, lse, T, t_base, plan.chunk_tokens,
                 H=H, J=J, N=N, DV=DV, BLOCK_DV=padded(DV), ROWS=32, num_warps=4,
             )  # fmt: skip
+        return out, lse
+
+    with torch.cuda.device_of(q):
+        slots, starts = sort_slots(block_indices, plan, num_blocks)
+        ends, item_lists, _ = cut_items(starts, plan)
+        out, lse = with_tile(problem("block_fwd", q, v, J, length), launch)
     return out, lse, slots, starts
 
 
-@torch.library.custom_op("nsa::attend_blocks_backward", mutates_args=())
+@custom_op
 def attend_blocks_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     block_indices: Tensor,
-    block_gates: Tensor | None,
     out: Tensor,
     lse: Tensor,
     slots: Tensor,
     starts: Tensor,
     dout: Tensor,
-    dlse: Tensor,
+    gated: bool,
     length: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, and the gates' gradient [B, T, J, N] (of no elements without gates)."""
+    """dq, dk, dv, and the gates' gradient [B, T, J, N] (of no elements if not gated)."""
     (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
-    q, k, v, dout, block_indices = (x.contiguous() for x in (q, k, v, dout, block_indices))
     num_blocks, device = cdiv(T, length), q.device
     plan = plan_work(q, block_indices, length, max(D, DV))
+    delta = torch.empty_like(lse)
 
     def new(allocate: Callable[..., Tensor], *shape: int) -> Tensor:
         return allocate(*shape, dtype=torch.float32, device=device)
 
-    slot_rows = B * plan.chunk_tokens * H * N
-    part_dq = torch.empty(slot_rows, D, dtype=q.dtype, device=device)
-    part_dgate = None if block_gates is None else new(torch.empty, slot_rows)
-    part_dk, part_dv = (new(torch.empty, plan.shared * length, W) for W in (D, DV))
-    dq = torch.empty_like(q)
-    dk, dv = (new(torch.zeros, B, T, J, W) for W in (D, DV))
-    dgates = new(torch.zeros, *(block_indices.shape if block_gates is not None else (0,)))
-    tile = block_tile(q.dtype, D, DV, length)
-    with torch.cuda.device_of(q):
-        delta = row_delta(out, dout, dlse.contiguous())
-        ends, item_lists, shared_ends = cut_items(starts, plan)
-        for c in range(plan.chunks):
-            t_base = c * plan.chunk_tokens
+    def launch(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        slot_rows = B * plan.chunk_tokens * H * N
+        part_dq = torch.empty(slot_rows, D, dtype=q.dtype, device=device)
+        part_dgate = new(torch.empty, slot_rows) if gated else None
+        part_dk, part_dv = (new(torch.empty, plan.shared * length, W) for W in (D, DV))
+        dq = torch.empty_like(q)
+        dk, dv = (new(torch.zeros, B, T, J, W) for W in (D, DV))
+        dgates = new(torch.zeros, *(block_indices.shape if gated else (0,)))
+        for t_base in range(0, T, plan.chunk_tokens):
             tokens = min(plan.chunk_tokens, T - t_base)
             block_bwd_kernel[(plan.items,)](
                 q, k, v, dout, lse, delta,
@@ -113,8 +108,9 @@ def attend_blocks_backward(
                 part_dq, part_dgate, part_dk, part_dv, dk, dv,
                 T, num_blocks, plan.lists, t_base, plan.chunk_tokens, D**-0.5,
                 H=H, G=k.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, CAUSAL=causal,
-                GATES=block_gates is not None, BLOCK_D=padded(D), BLOCK_DV=padded(DV),
-                ITEM=plan.item, PRECISION=precision(), **tile,
+                GATES=gated, BLOCK_D=padded(D), BLOCK_DV=padded(DV), ITEM=plan.item,
+                PRECISION=precision(), ROWS=tile.rows, KEYS=padded(length),
+                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             for part, total, W in ((part_dk, dk, D), (part_dv, dv, DV)):
                 sum_items_kernel[(plan.lists, cdiv(length, 16))](
@@ -129,7 +125,19 @@ def attend_blocks_backward(
                 heads = part_dgate.view(B, plan.chunk_tokens, J, N, H // J)[:, :tokens].sum(-1)
                 kept = block_indices[:, t_base : t_base + tokens] >= 0
                 dgates[:, t_base : t_base + tokens] = torch.where(kept, heads, 0.0)
-    return dq, by_key_head(dk, k), by_key_head(dv, v), dgates
+        return dq, by_key_head(dk, k), by_key_head(dv, v), dgates
+
+    with torch.cuda.device_of(q):
+        delta_kernel[(cdiv(lse.numel(), 32),)](
+            out, dout, delta, lse.numel(), DV=DV, BLOCK_DV=padded(DV), ROWS=32, num_warps=4
+        )
+        ends, item_lists, shared_ends = cut_items(starts, plan)
+        return with_tile(problem("block_bwd", q, v, J, length), launch)
+
+
+def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, length: int) -> Problem:
+    _, T, H, D = q.shape
+    return Problem(kernel, q.dtype, D, v.shape[3], H // index_heads, T, q.device, block=length)
 
 
 def by_key_head(total: Tensor, like: Tensor) -> Tensor:
@@ -140,7 +148,7 @@ def by_key_head(total: Tensor, like: Tensor) -> Tensor:
     return total.to(like.dtype)
 
 
-@attend_blocks.register_fake
+@register_fake(attend_blocks)
 def _(q, k, v, block_indices, block_gates, length, causal):
     plan = plan_work(q, block_indices, length, max(q.shape[3], v.shape[3]))
     out = v.new_empty(*q.shape[:3], v.shape[3])
@@ -149,24 +157,24 @@ def _(q, k, v, block_indices, block_gates, length, causal):
     return out, lse, slots, q.new_empty(plan.chunks * plan.lists + 1, dtype=torch.int32)
 
 
-@attend_blocks_backward.register_fake
-def _(q, k, v, block_indices, block_gates, out, lse, slots, starts, dout, dlse, length, causal):
-    shape = (0,) if block_gates is None else block_indices.shape
-    dgates = q.new_empty(shape, dtype=torch.float32)
+@register_fake(attend_blocks_backward)
+def _(q, k, v, block_indices, out, lse, slots, starts, dout, gated, length, causal):
+    dgates = q.new_empty(block_indices.shape if gated else (0,), dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dgates
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.length, ctx.causal = inputs
-    ctx.save_for_backward(*tensors, *output)
+    q, k, v, block_indices, gates, *ctx.rule = inputs
+    ctx.save_for_backward(q, k, v, block_indices, *output)
+    ctx.gates = None if gates is None else gates.dtype
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse, _slots, _starts):
-    saved = ctx.saved_tensors
-    gates = saved[4]
-    dq, dk, dv, dgates = attend_blocks_backward(*saved, dout, dlse, ctx.length, ctx.causal)
-    dgates = None if gates is None else dgates.to(gates.dtype)
-    return dq, dk, dv, None, dgates, None, None
+def _backward(ctx, dout, _dlse, _slots, _starts):
+    gated = ctx.gates is not None
+    grads = attend_blocks_backward(*ctx.saved_tensors, dout.contiguous(), gated, *ctx.rule)
+    dq, dk, dv, dgates = grads
+    return dq, dk, dv, None, dgates.to(ctx.gates) if gated else None, None, None
 
 
-attend_blocks.register_autograd(_backward, setup_context=_save)
+register_autograd(attend_blocks, _backward, setup_context=_save)

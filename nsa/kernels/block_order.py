@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from nsa.kernels.lists import find_item
-from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, store_rows
+from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, row_delta, store_rows
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def block_fwd_kernel(
     starts_ptr += chunk * num_lists
     ends_ptr += chunk * num_lists
     item_lists_ptr += chunk * tl.num_programs(0)
-    if tl.load(item_lists_ptr + tl.program_id(0)) >= num_lists:
+    if tl.program_id(0) >= tl.load(ends_ptr + num_lists - 1):
         return
     R: tl.constexpr = H // J
     lst, _, _, lo, hi = find_item(item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM)
@@ -106,6 +106,19 @@ def merge_kernel(
 
 @triton.jit
 @no_type_check
+def delta_kernel(
+    out_ptr, dout_ptr, delta_ptr, num_rows,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows: their delta."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = rows < num_rows
+    dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)
+    tl.store(delta_ptr + rows, row_delta(out_ptr, dout, None, rows, live, DV, BLOCK_DV), mask=live)
+
+
+@triton.jit
+@no_type_check
 def block_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     slots_ptr, starts_ptr, ends_ptr, item_lists_ptr, shared_ends_ptr,
@@ -125,7 +138,7 @@ def block_bwd_kernel(
     ends_ptr += chunk * num_lists
     shared_ends_ptr += chunk * num_lists
     item_lists_ptr += chunk * tl.num_programs(0)
-    if tl.load(item_lists_ptr + tl.program_id(0)) >= num_lists:
+    if tl.program_id(0) >= tl.load(ends_ptr + num_lists - 1):
         return
     R: tl.constexpr = H // J
     lst, place, count, lo, hi = find_item(

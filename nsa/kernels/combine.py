@@ -10,6 +10,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import cdiv, load_rows, padded, store_rows
 
 ROWS = 32  # rows (token, head) a program takes
@@ -69,41 +70,40 @@ def launch(kernel, x: Tensor, *arrays: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("nsa::combine", mutates_args=())
-def _combine(gates: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    gates, a, b, c = gates.contiguous(), a.contiguous(), b.contiguous(), c.contiguous()
+@custom_op
+def gated_sum(gates: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     out = torch.empty_like(a)
     launch(combine_fwd_kernel, a, gates, a, b, c, out)
     return out
 
 
-@torch.library.custom_op("nsa::combine_backward", mutates_args=())
-def _combine_backward(
+@custom_op
+def gated_sum_backward(
     gates: Tensor, a: Tensor, b: Tensor, c: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gates, a, b, c = gates.contiguous(), a.contiguous(), b.contiguous(), c.contiguous()
     dgates, da, db, dc = (torch.empty_like(x) for x in (gates, a, b, c))
-    arrays = (gates, a, b, c, dout.contiguous(), dgates, da, db, dc)
-    launch(combine_bwd_kernel, a, *arrays)
+    launch(combine_bwd_kernel, a, gates, a, b, c, dout, dgates, da, db, dc)
     return dgates, da, db, dc
 
 
-@_combine.register_fake
+@register_fake(gated_sum)
 def _(gates, a, b, c):
     return a.new_empty(a.shape)
 
 
-@_combine_backward.register_fake
+@register_fake(gated_sum_backward)
 def _(gates, a, b, c, dout):
     return tuple(x.new_empty(x.shape) for x in (gates, a, b, c))
 
 
 def _backward(ctx, dout):
-    return _combine_backward(*ctx.saved_tensors, dout)
+    return gated_sum_backward(*ctx.saved_tensors, dout.contiguous())
 
 
-_combine.register_autograd(
-    _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+register_autograd(
+    gated_sum,
+    _backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
@@ -114,4 +114,4 @@ def combine(
     sliding: Float[Tensor, "B T H Dv"],
 ) -> Float[Tensor, "B T H Dv"]:
     """g_cmp * compressed + g_slc * selected + g_win * sliding, summed in float32."""
-    return _combine(gates, compressed, selected, sliding)
+    return gated_sum(*(x.contiguous() for x in (gates, compressed, selected, sliding)))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.attend import attend
-from nsa.kernels.primitives import same_dtype
+from nsa.kernels.primitives import operands
 
 
 def compressed_attention(
@@ -25,7 +25,7 @@ def compressed_attention(
     if mem_k is not None and mem_v is not None:
         memories = mem_k.shape[1]
         k_cmp, v_cmp = with_memory(mem_k, k_cmp), with_memory(mem_v, v_cmp)
-    q, k_cmp, v_cmp = same_dtype(q, k_cmp, v_cmp)
+    q, k_cmp, v_cmp = operands(q, k_cmp, v_cmp)
     span, stride = cfg.compress_block_size, cfg.compress_block_sliding_stride
     return attend(q, k_cmp, v_cmp, None, "prefix", cfg.causal, span, stride, memories)
 

@@ -16,15 +16,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import (
     LOG2E,
     cdiv,
     load_lse2,
     load_rows,
+    operands,
     padded,
     power_of_2,
     precision,
-    same_dtype,
     store_rows,
 )
 
@@ -108,6 +109,15 @@ def gathered_kernel(
 
 @triton.jit
 @no_type_check
+def add_exactly(total, lost, x):
+    """total + x, and what its rounding lost, to be made up for by the next addition (Kahan)."""
+    x -= lost
+    new = total + x
+    return new, (new - total) - x
+
+
+@triton.jit
+@no_type_check
 def gathered_dk_kernel(
     q_ptr, k_ptr, lse_ptr, indices_ptr, dsum_ptr, dk_ptr, T, C, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
@@ -115,7 +125,11 @@ def gathered_dk_kernel(
     CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
     BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of KEYS compressed keys from every token that sees them."""
+    """The gradients of KEYS compressed keys from every token that sees them.
+
+    In float32 the tiles' sums are added exactly: one accumulator over all tokens and heads would
+    round as often as there are rows, and err more than eager PyTorch, which sums in runs.
+    """
     R: tl.constexpr = H // J
     num_tiles = tl.cdiv(C, KEYS)
     bg = (tl.program_id(0) // num_tiles).to(tl.int64)
@@ -130,6 +144,7 @@ def gathered_dk_kernel(
     if CAUSAL:
         t_lo = c0 * STRIDE + SIZE - 1
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    lost = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for t0 in range(t_lo, T, TOKENS):
         t = t0 + tl.arange(0, TOKENS)
         live = t < T
@@ -155,7 +170,12 @@ def gathered_dk_kernel(
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
                     p = tl.exp2(s - load_lse2(lse_ptr, rows, live)[:, None])
                     ds = tl.where(seen, weight * p, 0.0)
-                dk = tl.dot(tl.trans(ds).to(q.dtype), q, dk, input_precision=PRECISION)
+                ds = tl.trans(ds).to(q.dtype)
+                if q.dtype == tl.float32:
+                    part = tl.dot(ds, q, input_precision=PRECISION)
+                    dk, lost = add_exactly(dk, lost, part)
+                else:
+                    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     store_rows(dk_ptr, (b * C + c) * G + g, c < C, dk * scale, D, BLOCK_D)
 
 
@@ -174,7 +194,7 @@ def launch(arrays, q: Tensor, k_cmp: Tensor, indices: Tensor, rules, backward: b
     )  # fmt: skip
 
 
-@torch.library.custom_op("nsa::gathered_importance", mutates_args=())
+@custom_op
 def gathered_importance(
     q: Tensor,
     k_cmp: Tensor,
@@ -187,7 +207,6 @@ def gathered_importance(
     logits: bool,
 ) -> Tensor:
     """[B, T, J, N] float32; 0 in empty slots."""
-    q, k_cmp, lse, indices = (x.contiguous() for x in (q, k_cmp, lse, indices))
     value = torch.empty(indices.shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         arrays = (q, k_cmp, lse, indices, value, None, None, None)
@@ -195,7 +214,7 @@ def gathered_importance(
     return value
 
 
-@torch.library.custom_op("nsa::gathered_importance_backward", mutates_args=())
+@custom_op
 def gathered_importance_backward(
     q: Tensor,
     k_cmp: Tensor,
@@ -209,13 +228,12 @@ def gathered_importance_backward(
     logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk_cmp, dlse."""
-    q, k_cmp, lse, indices = (x.contiguous() for x in (q, k_cmp, lse, indices))
     (B, T, H, D), (_, C, G, _), (J, N) = q.shape, k_cmp.shape, indices.shape[2:]
     dsum = torch.empty(indices.shape, dtype=torch.float32, device=q.device)
     dq, dk, dlse = torch.empty_like(q), torch.empty_like(k_cmp), torch.empty_like(lse)
     keys = 64 if q.element_size() * padded(D) <= 256 else 16
     with torch.cuda.device_of(q):
-        arrays = (q, k_cmp, lse, indices, dsum, dvalue.contiguous(), dq, dlse)
+        arrays = (q, k_cmp, lse, indices, dsum, dvalue, dq, dlse)
         launch(arrays, q, k_cmp, indices, (size, stride, length, causal, logits), True)
         gathered_dk_kernel[(cdiv(C, keys) * B * G,)](
             q, k_cmp, lse, indices, dsum, dk, T, C, D**-0.5,
@@ -226,12 +244,12 @@ def gathered_importance_backward(
     return dq, dk, dlse
 
 
-@gathered_importance.register_fake
+@register_fake(gathered_importance)
 def _(q, k_cmp, lse, indices, size, stride, length, causal, logits):
     return q.new_empty(indices.shape, dtype=torch.float32)
 
 
-@gathered_importance_backward.register_fake
+@register_fake(gathered_importance_backward)
 def _(q, k_cmp, lse, indices, dvalue, size, stride, length, causal, logits):
     return q.new_empty(q.shape), k_cmp.new_empty(k_cmp.shape), lse.new_empty(lse.shape)
 
@@ -242,11 +260,11 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dvalue):
-    grads = gathered_importance_backward(*ctx.saved_tensors, dvalue, *ctx.rules)
+    grads = gathered_importance_backward(*ctx.saved_tensors, dvalue.contiguous(), *ctx.rules)
     return *grads, None, None, None, None, None, None
 
 
-gathered_importance.register_autograd(_backward, setup_context=_save)
+register_autograd(gathered_importance, _backward, setup_context=_save)
 
 
 def selected_importance(
@@ -260,9 +278,9 @@ def selected_importance(
 
     Differentiable in q, k_cmp and lse.
     """
-    q, k_cmp = same_dtype(q, k_cmp)
+    q, k_cmp = operands(q, k_cmp)
     return gathered_importance(
-        q, k_cmp, lse.float(), block_indices.int(), cfg.compress_block_size,
-        cfg.compress_block_sliding_stride, cfg.selection_block_size, cfg.causal,
-        cfg.importance == "logit_mean",
+        q, k_cmp, lse.float().contiguous(), block_indices.int().contiguous(),
+        cfg.compress_block_size, cfg.compress_block_sliding_stride,
+        cfg.selection_block_size, cfg.causal, cfg.importance == "logit_mean",
     )  # fmt: skip

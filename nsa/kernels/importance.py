@@ -22,16 +22,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
+from nsa.kernels.autotune import with_tile
+from nsa.kernels.op import custom_op, register_fake
 from nsa.kernels.primitives import (
     LOG2E,
     cdiv,
     load_lse2,
     load_rows,
+    operands,
     padded,
     power_of_2,
     precision,
-    same_dtype,
 )
+from nsa.kernels.tile_sizes import Problem, Tile
 
 EMPTY = tl.constexpr(-(2**63))  # the key of a block that may not be kept
 LAST = tl.constexpr(2**31 - 1)  # above any block index
@@ -176,21 +179,8 @@ def select_kernel(
     tl.store(out, tl.where(block == LAST, -1, block), mask=live[:, None] & (rank < N))
 
 
-def selection_tile(dtype: torch.dtype, ratio: int, n: int, R: int, D: int) -> tuple[int, int, int]:
-    """Tokens and blocks of a tile, and warps: about 64 x 128 scores."""
-    lanes, kept = power_of_2(ratio), power_of_2(n)
-    columns = 64 if dtype.itemsize == 4 or padded(D) > 128 else 128
-    blocks_held = max(1, columns // lanes)
-    tokens = 128 if R == 1 and dtype.itemsize == 2 and padded(D) <= 128 else 64
-    while tokens > 16 and tokens * max(blocks_held * lanes, 2 * kept) > 128 * 128:
-        tokens //= 2
-    if dtype.itemsize == 4:
-        tokens = min(tokens, 32)
-    return tokens, max(blocks_held, 16 // lanes), 8 if tokens == 128 else 4
-
-
-@torch.library.custom_op("nsa::select_blocks", mutates_args=())
-def _select_blocks(
+@custom_op
+def select(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -205,24 +195,29 @@ def _select_blocks(
     logits: bool,
 ) -> Tensor:
     B, T, H, D = q.shape
-    q, k_cmp, lse = q.contiguous(), k_cmp.contiguous(), lse.float().contiguous()
-    indices = torch.empty(B, T, index_heads, n, dtype=torch.int32, device=q.device)
-    if n == 0:
-        return indices
-    tokens, held, warps = selection_tile(q.dtype, length // stride, n, H // index_heads, D)
-    with torch.cuda.device_of(q):
-        select_kernel[(cdiv(T, tokens) * B * index_heads,)](
+    J, lanes, kept = index_heads, power_of_2(length // stride), power_of_2(n)
+
+    def launch(tile: Tile) -> Tensor:
+        indices = torch.empty(B, T, J, n, dtype=torch.int32, device=q.device)
+        tokens, columns = tile.rows, max(16, lanes, tile.keys)
+        while tokens > 16 and tokens * max(columns, 2 * kept) > 128 * 128:  # many are kept: sorted
+            tokens //= 2
+        select_kernel[(cdiv(T, tokens) * B * J,)](
             q, k_cmp, lse, indices, T, k_cmp.shape[1], cdiv(T, length), D**-0.5,
-            H=H, G=k_cmp.shape[2], J=index_heads, D=D, N=n, SIZE=size, STRIDE=stride,
+            H=H, G=k_cmp.shape[2], J=J, D=D, N=n, SIZE=size, STRIDE=stride,
             LENGTH=length, INITIAL=initial, LOCAL=local, CAUSAL=causal, LOGITS=logits,
-            BLOCK_D=padded(D), TOKENS=tokens, BLOCKS=held,
-            LANES=power_of_2(length // stride), KEPT=power_of_2(n),
-            PRECISION=precision(), num_warps=warps, num_stages=2,
+            BLOCK_D=padded(D), TOKENS=tokens, BLOCKS=columns // lanes, LANES=lanes, KEPT=kept,
+            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return indices
+        return indices
+
+    if n == 0:
+        return torch.empty(B, T, J, 0, dtype=torch.int32, device=q.device)
+    with torch.cuda.device_of(q):
+        return with_tile(Problem("select", q.dtype, D, D, H // J, T, q.device), launch)
 
 
-@_select_blocks.register_fake
+@register_fake(select)
 def _(q, k_cmp, lse, index_heads, n, *rules):
     return q.new_empty(q.shape[0], q.shape[1], index_heads, n, dtype=torch.int32)
 
@@ -238,9 +233,9 @@ def select_blocks(
 
     Forced blocks first, then by importance; on a tie the lower block. Not differentiable.
     """
-    q, k_cmp = same_dtype(q.detach(), k_cmp.detach())
-    return _select_blocks(
-        q, k_cmp, lse.detach(), k_cmp.shape[2] if shared else q.shape[2],
+    q, k_cmp = operands(q.detach(), k_cmp.detach())
+    return select(
+        q, k_cmp, lse.detach().float().contiguous(), k_cmp.shape[2] if shared else q.shape[2],
         cfg.num_selected_blocks, cfg.compress_block_size, cfg.compress_block_sliding_stride,
         cfg.selection_block_size, cfg.num_initial_blocks, cfg.num_local_blocks, cfg.causal,
         cfg.importance == "logit_mean",

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.op import custom_op, register_fake
 from nsa.kernels.primitives import cdiv, power_of_2
 
 PARTIAL_BYTES = (2**28, 2**30)  # partial results of a chunk of tokens: least and most
@@ -53,6 +54,34 @@ def list_key_kernel(
     b, t, j = token // T, token % T, slot // N % J
     key = (((t // chunk_tokens) * batch + b) * J + j) * num_blocks + block
     tl.store(keys_ptr + slot, tl.where(block >= 0, key, last).to(tl.int32), mask=slot < num_slots)
+
+
+@triton.jit
+@no_type_check
+def cut_kernel(
+    starts_ptr, ends_ptr, item_lists_ptr, shared_ends_ptr, num_lists, num_items,
+    ITEM: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    """One chunk: its lists, one after the other, cut into items of at most ITEM slots."""
+    chunk = tl.program_id(0)
+    starts_ptr += chunk * num_lists
+    ends_ptr += chunk * num_lists
+    shared_ends_ptr += chunk * num_lists
+    item_lists_ptr += chunk * num_items
+    end, shared_end = 0, 0
+    for l0 in range(0, num_lists, LISTS):
+        lst = l0 + tl.arange(0, LISTS)
+        live = lst < num_lists
+        start = tl.load(starts_ptr + lst, mask=live, other=0)
+        items = tl.cdiv(tl.load(starts_ptr + lst + 1, mask=live, other=0) - start, ITEM)
+        shared = tl.where(items > 1, items, 0)
+        ends = end + tl.cumsum(items, 0)
+        tl.store(ends_ptr + lst, ends, mask=live)
+        tl.store(shared_ends_ptr + lst, shared_end + tl.cumsum(shared, 0), mask=live)
+        for place in range(tl.max(items, 0)):
+            tl.store(item_lists_ptr + ends - items + place, lst, mask=place < items)
+        end += tl.sum(items, 0)
+        shared_end += tl.sum(shared, 0)
 
 
 @triton.jit
@@ -115,34 +144,35 @@ def sort_slots(block_indices: Tensor, plan: Plan, num_blocks: int) -> tuple[Tens
 
 
 def cut_items(starts: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each chunk [chunks, ...]: where each list's items end, the list of each item (at least
-    `lists` where there is no more), and where the items end if only shared lists are counted."""
-    counts = starts.diff().view(plan.chunks, plan.lists)
-    items = (counts + plan.item - 1) // plan.item
-    ends = items.cumsum(-1, dtype=torch.int32)
-    numbers = torch.arange(plan.items, dtype=torch.int32, device=starts.device)
-    numbers = numbers.expand(plan.chunks, -1).contiguous()
-    item_lists = torch.searchsorted(ends, numbers, right=True, out_int32=True)
-    shared_ends = items.masked_fill(items <= 1, 0).cumsum(-1, dtype=torch.int32)
+    """Of each chunk [chunks, ...]: where each list's items end, the list of each item, and where
+    the items end if only shared lists are counted."""
+    shapes = ((plan.chunks, plan.lists), (plan.chunks, plan.items), (plan.chunks, plan.lists))
+    cut = [torch.empty(shape, dtype=torch.int32, device=starts.device) for shape in shapes]
+    cut_kernel[(plan.chunks,)](
+        starts, *cut, plan.lists, plan.items, ITEM=plan.item, LISTS=1024, num_warps=4
+    )
+    ends, item_lists, shared_ends = cut
     return ends, item_lists, shared_ends
 
 
-@torch.library.custom_op("nsa::membership", mutates_args=())
+@custom_op
 def membership(block_indices: Tensor, num_words: int) -> Tensor:
     """Words [B, J, num_words, T]: a bit for every block a token keeps."""
     B, T, J, N = block_indices.shape
-    words = torch.zeros(B, J, num_words, T, dtype=torch.int32, device=block_indices.device)
-    if N > 0:
-        tokens = max(1, 2048 // power_of_2(N))
-        with torch.cuda.device_of(words):
-            membership_kernel[(cdiv(T, tokens) * B * J,)](
-                block_indices.contiguous(), words, T, num_words,
-                J=J, N=N, BLOCK_N=power_of_2(N), TOKENS=tokens, num_warps=4,
-            )  # fmt: skip
+    shape, device = (B, J, num_words, T), block_indices.device
+    if N == 0:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+    words = torch.empty(shape, dtype=torch.int32, device=device)
+    tokens = max(1, 2048 // power_of_2(N))
+    with torch.cuda.device_of(words):
+        membership_kernel[(cdiv(T, tokens) * B * J,)](
+            block_indices, words, T, num_words,
+            J=J, N=N, BLOCK_N=power_of_2(N), TOKENS=tokens, num_warps=4,
+        )  # fmt: skip
     return words
 
 
-@membership.register_fake
+@register_fake(membership)
 def _(block_indices, num_words):
     B, T, J, _ = block_indices.shape
-    return block_indices.new_empty(B, J, num_words, T, dtype=torch.int32)
+    return block_indices.new_empty(B, J, num_words, T)

@@ -1,4 +1,4 @@
-"""What every kernel shares: loading rows, a row's delta, tile sizes.
+"""What every kernel shares: loading rows, a row's delta, dtypes.
 
 Kernels see contiguous [B, T, H, D] arrays. The R query heads of a key head are packed into the
 rows of a tile: row i of index head j is token i // R, query head j * R + i % R. Softmax runs in
@@ -8,7 +8,8 @@ type checker from wrapping functions that are compiled from their source.
 
 # pyright: reportCallIssue=false
 
-from typing import NamedTuple, no_type_check
+from functools import lru_cache
+from typing import no_type_check
 
 import torch
 import triton
@@ -58,27 +59,15 @@ def finite(m):
 
 @triton.jit
 @no_type_check
-def delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, num_rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows: what is taken from every dP of the row, sum(dO * O) - dlse."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = rows < num_rows
+def row_delta(out_ptr, dout, dlse_ptr, rows, live, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """What is taken from every dP of a row, sum(dO * O) - dlse.
+
+    A row that saw nothing has out 0; its dlse counts for nothing later.
+    """
     out = load_rows(out_ptr, rows, live, DV, BLOCK_DV).to(tl.float32)
-    dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV).to(tl.float32)
-    dlse = tl.load(dlse_ptr + rows, mask=live, other=0.0)
-    tl.store(delta_ptr + rows, tl.sum(out * dout, 1) - dlse, mask=live)
-
-
-def row_delta(out: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:
-    """[B, T, H] float32. A row that saw nothing has out 0; its dlse counts for nothing later."""
-    delta = torch.empty(out.shape[:-1], dtype=torch.float32, device=out.device)
-    rows, width = delta.numel(), out.shape[-1]
-    grid = (cdiv(rows, 32),)
-    delta_kernel[grid](
-        out, dout, dlse, delta, rows, DV=width, BLOCK_DV=padded(width), ROWS=32, num_warps=4
-    )
+    delta = tl.sum(out * dout.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + rows, mask=live, other=0.0)
     return delta
 
 
@@ -101,74 +90,7 @@ def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-class Tile(NamedTuple):
-    """Sizes of one program: packed query rows, keys, warps and software-pipeline stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# 16-bit inputs, by kernel and padded head dimension (at most that wide). Chosen from registers and
-# shared memory as compiled for sm_90; README.md has the figures.
-TILES = {
-    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
-    "dq": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-    "dkv": {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 2)},
-}
-# Twice the bytes, and float32 products that run on the plain cores where they must be exact.
-TILES_FLOAT32 = {
-    "forward": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1)},
-    "dq": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "dkv": {64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-}
-SHARED_MEMORY = 163 * 1024  # bytes a program may use where no device says otherwise (sm_80)
-HEADROOM = 0.9  # of it for operands; reductions and layout changes take the rest
-
-
-def tile_for(kernel: str, dtype: torch.dtype, D: int, DV: int, device: torch.device) -> Tile:
-    """The table's tile, shrunk until its operands fit the shared memory of a smaller GPU."""
-    width = max(padded(D), padded(DV))
-    if width > 256:
-        raise ValueError(f"head dimension {max(D, DV)} is above 256: use backend='reference'")
-    table = (TILES_FLOAT32 if dtype.itemsize == 4 else TILES)[kernel]
-    tile = next(tile for most, tile in table.items() if width <= most)
-    limit = shared_memory(device)
-    while operand_bytes(kernel, tile, padded(D), padded(DV), dtype.itemsize) > HEADROOM * limit:
-        tile = shrunk(tile)
-    return tile
-
-
-def operand_bytes(kernel: str, tile: Tile, D: int, DV: int, itemsize: int) -> int:
-    """Shared memory of a kernel's operands: what stays, and what streams through the stages."""
-    rows, keys, _, stages = tile
-    stays, streams = {
-        "forward": (rows * D, keys * (D + DV)),
-        "dq": (rows * (D + DV), keys * (D + DV)),
-        "dkv": (keys * (D + DV) + rows * keys, rows * (D + DV)),
-    }[kernel]
-    return (stays + stages * streams) * itemsize
-
-
-def shrunk(tile: Tile) -> Tile:
-    """The next smaller tile: fewer stages first, then fewer keys, then fewer rows."""
-    rows, keys, warps, stages = tile
-    if stages > 1:
-        return Tile(rows, keys, warps, stages - 1)
-    if keys > 16:
-        return Tile(rows, keys // 2, warps, stages)
-    if rows > 16:
-        return Tile(rows // 2, keys, warps, stages)
-    raise ValueError("this GPU has too little shared memory for heads this wide")
-
-
-def shared_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
+@lru_cache
 def num_multiprocessors(device: torch.device) -> int:
     """How many programs run side by side, at least; the interpreter runs one."""
     if device.type != "cuda":
@@ -176,15 +98,16 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as one tile multiplies them: under autocast in its dtype, else as they are."""
+def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as kernels multiply them: contiguous, of one dtype, under autocast of its own."""
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
-        return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(x.to(dtype).contiguous() for x in tensors)
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(
             f"dtypes {sorted(map(str, dtypes))}: kernels multiply tensors of one dtype, float32, "
             "bfloat16 or float16; cast them, run under autocast, or use backend='reference'"
         )
-    return tensors
+    return tuple(x.contiguous() for x in tensors)

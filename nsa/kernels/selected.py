@@ -15,7 +15,7 @@ from nsa.config import NSAConfig
 from nsa.kernels.attend import attend
 from nsa.kernels.attend_blocks import attend_blocks
 from nsa.kernels.lists import membership
-from nsa.kernels.primitives import cdiv, padded, same_dtype
+from nsa.kernels.primitives import cdiv, operands, padded
 
 
 def longest_block(dtype: torch.dtype, D: int, DV: int) -> int:
@@ -32,7 +32,7 @@ def split_blocks(
     """The same tokens as blocks of at most `longest`: each index becomes its parts' indices."""
     parts = next(n for n in range(1, length + 1) if length % n == 0 and length // n <= longest)
     if parts == 1:
-        return block_indices.contiguous(), length
+        return block_indices, length
     part = torch.arange(parts, dtype=torch.int32, device=block_indices.device)
     fine = block_indices[..., None] * parts + part
     beyond = fine >= cdiv(num_tokens, length // parts)
@@ -62,9 +62,9 @@ def selected_attention(
     A token's indices are distinct. block_gates are straight-through: taken to be 1, they get the
     gradient of a factor on the scores of their block's tokens.
     """
-    q, k, v = same_dtype(q, k, v)
+    q, k, v = operands(q, k, v)
     num_tokens, length = q.shape[1], cfg.selection_block_size
-    block_indices = block_indices.int()
+    block_indices = block_indices.int().contiguous()
     if block_indices.shape[-1] == 0 or (block_gates is None and prefers_tiles(num_tokens, cfg)):
         words = membership(block_indices, cdiv(cdiv(num_tokens, length), 32))
         return attend(q, k, v, words, "bits", cfg.causal, length, 1, 0)[0]

@@ -16,7 +16,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, store_rows
+from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, row_delta, store_rows
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def has_bit(word, offs_s, SPAN: tl.constexpr):
     return ((word >> (offs_s // SPAN % 32)) & 1) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 @no_type_check
 def attend_fwd_kernel(
     q_ptr, k_ptr, v_ptr, words_ptr, out_ptr, lse_ptr, T, num_keys, num_words, scale,
@@ -130,10 +130,10 @@ def attend_fwd_kernel(
     tl.store(lse_ptr + rows, (m + tl.log2(norm)) * LN2, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 @no_type_check
 def attend_dq_kernel(
-    q_ptr, k_ptr, v_ptr, words_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, words_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
@@ -141,7 +141,10 @@ def attend_dq_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The query gradient of ROWS packed rows: the forward's pass again, with dS for P."""
+    """The query gradient of ROWS packed rows: the forward's pass again, with dS for P.
+
+    Also their delta, which attend_dkv_kernel reads.
+    """
     R: tl.constexpr = H // J
     num_tiles = tl.cdiv(T * R, ROWS)
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
@@ -156,7 +159,8 @@ def attend_dq_kernel(
     q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
     dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
     lse2 = load_lse2(lse_ptr, rows, live)
-    delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+    delta = row_delta(out_ptr, dout, dlse_ptr, rows, live, DV, BLOCK_DV)
+    tl.store(delta_ptr + rows, delta, mask=live)
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
     first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
@@ -183,26 +187,26 @@ def attend_dq_kernel(
     store_rows(dq_ptr, rows, live, dq * scale, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words", "batch", "splits"])
 @no_type_check
 def attend_dkv_kernel(
     q_ptr, k_ptr, v_ptr, words_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    T, num_keys, num_words, batch, scale,
+    T, num_keys, num_words, batch, splits, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of KEYS keys from one of SPLITS runs of the query rows that see them.
+    """The gradients of KEYS keys from one of `splits` runs of the query rows that see them.
 
-    dk and dv are [SPLITS, B, num_keys, J, D]; whoever launches this sums them in a fixed order.
+    dk and dv are [splits, B, num_keys, J, D]; whoever launches this sums them in a fixed order.
     """
     R: tl.constexpr = H // J
     num_tiles = tl.cdiv(num_keys, KEYS)
-    split = tl.program_id(0) % SPLITS
-    tile = tl.program_id(0) // SPLITS % num_tiles
-    bj = (tl.program_id(0) // SPLITS // num_tiles).to(tl.int64)
+    split = tl.program_id(0) % splits
+    tile = tl.program_id(0) // splits % num_tiles
+    bj = (tl.program_id(0) // splits // num_tiles).to(tl.int64)
     b, j = bj // J, bj % J
     g = j // (J // G)
 
@@ -214,7 +218,7 @@ def attend_dkv_kernel(
     v = load_rows(v_ptr, key_rows, live_s, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
     t_lo, t_hi = seeing_tokens(s0, s_hi, T, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    run = tl.cdiv(tl.cdiv(tl.maximum(t_hi - t_lo, 0) * R, ROWS), SPLITS) * ROWS
+    run = tl.cdiv(tl.cdiv(tl.maximum(t_hi - t_lo, 0) * R, ROWS), splits) * ROWS
     i_lo = t_lo * R + split * run
     i_hi = tl.minimum(i_lo + run, t_hi * R)
 

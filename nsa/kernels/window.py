@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.attend import attend
-from nsa.kernels.primitives import same_dtype
+from nsa.kernels.primitives import operands
 
 
 def sliding_window_attention(
@@ -15,5 +15,5 @@ def sliding_window_attention(
     cfg: NSAConfig,
 ) -> Float[Tensor, "B T H Dv"]:
     """Attention over 0 <= t - s < w; over |t - s| < w, if not causal."""
-    q, k, v = same_dtype(q, k, v)
+    q, k, v = operands(q, k, v)
     return attend(q, k, v, None, "band", cfg.causal, cfg.sliding_window_size, 1, 0)[0]

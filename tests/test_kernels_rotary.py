@@ -1,0 +1,26 @@
+"""The rotary kernel against plain PyTorch."""
+
+import pytest
+from kernels_judge import DEVICE, assert_no_worse, random
+
+from nsa import kernels, rotary
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 8), (1, 17, 1, 48), (2, 20, 4, 16)])
+def test_rotate(shape):
+    angles = rotary.rotary_angles(shape[1], shape[3], device=DEVICE)
+    assert_no_worse(
+        lambda x: kernels.rotate(x, angles), lambda x: rotary.rotate(x, angles), random(*shape)
+    )
+
+
+def test_a_view_is_turned_where_it_lies():
+    """Keys as a projection of all branches leaves them, and a gradient that is a view as well."""
+    angles = rotary.rotary_angles(20, 16, offset=7, device=DEVICE)
+    parts = random(2, 20, 3, 2, 16)
+    weight = random(2, 2, 20, 16)
+
+    def op(turn):
+        return lambda x: turn(x[:, :, 1], angles).transpose(1, 2) * weight.to(x.dtype)
+
+    assert_no_worse(op(kernels.rotate), op(rotary.rotate), parts)
