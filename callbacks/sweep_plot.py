@@ -72,7 +72,7 @@ def draw(jobs: list[Job]) -> Figure:
     for axes, cost in zip(panels, costs, strict=True):
         draw_panel(axes, cost, [job for job, _ in points if job[cost] is not None])
     panels[0].set_ylabel("validation, bits per byte")
-    panels[0].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", frameon=False)
     if legend:
         figure.suptitle(f"labels: {legend}", fontsize="medium")
     figure.draw_without_rendering()  # settles where everything is
