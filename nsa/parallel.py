@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from nsa.ops import BACKENDS
 from nsa.transformer import Transformer
 
 aten = torch.ops.aten
@@ -20,11 +21,11 @@ aten = torch.ops.aten
 
 def own(*names: str) -> list[torch._ops.OpOverload]:
     """Our own ops of these names; none where Triton is not installed."""
-    return [getattr(torch.ops.nsa, name).default for name in names if hasattr(torch.ops.nsa, name)]
+    return [getattr(torch.ops.nsa, name).default for name in names if "triton" in BACKENDS]
 
 
 # Blocks are chosen once: a choice made anew from numbers that differ in a last bit is another one.
-CHOICES = [aten.sort.stable, *own("select_blocks")]
+CHOICES = [aten.sort.stable, *own("select")]
 PRODUCTS = [
     *(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default),
     aten._scaled_dot_product_flash_attention.default,

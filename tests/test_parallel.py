@@ -93,7 +93,7 @@ def test_what_is_recomputed_changes_no_gradient(backend: str, autocast: bool) ->
     for cheap in ("aten.silu.default", "aten.sigmoid.default"):
         assert full.backward[cheap] > 0 and selective.backward[cheap] > 0, cheap
         assert none.backward[cheap] == 0, cheap
-    choice = "nsa.select_blocks.default" if by_triton else "aten.sort.stable"
+    choice = "nsa.select.default" if by_triton else "aten.sort.stable"
     assert full.forward[choice] and not full.backward[choice]  # selected once
     assert selective.forward[choice] and not selective.backward[choice]
 
