@@ -264,16 +264,23 @@ def publish(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
     """Give a folder that is written, and whose files are `manifest`, its name."""
     draft = draft_of(folder)
     write_text(draft / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    remove(folder)
+    former = unnamed(folder)
     draft.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)  # what is left of it goes with the next save
+
+
+def unnamed(folder: Path) -> Path:
+    """Where a folder lies, if there is one, that has lost its name."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    if folder.is_dir():
+        folder.rename(hidden)
+    return hidden
 
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder, if there is one; a folder loses its name first."""
     if path.is_dir() and not path.is_symlink():
-        nameless = path.with_name(f".{path.name}.old")
-        path.rename(nameless)
-        shutil.rmtree(nameless)
+        shutil.rmtree(unnamed(path))
     else:
         path.unlink(missing_ok=True)
 

@@ -1,12 +1,14 @@
 """How the processes of a run work together: sharded training (FSDP2), and one start for all."""
 
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -160,8 +162,16 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def stop_others(trainer: Trainer) -> None:
-    """End the processes that this one launched, which may wait for it in vain."""
+def end_together(trainer: Trainer) -> None:
+    """After a failure: end the processes that this one launched, which may wait for it in vain.
+
+    A launched process waits for that: Lightning kills rank zero, whatever it has still to say, as
+    soon as another one is gone. Ranks that torchrun or srun started are theirs to end.
+    """
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(signal.SIGKILL)
+        return
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if isinstance(environment, LightningEnvironment) and not trainer.is_global_zero:
+        time.sleep(60)

@@ -32,7 +32,7 @@ import checkpoints
 import resume
 import strategies
 import sweep
-from callbacks.preemption import EXIT_CODE, Preempted
+from callbacks.preemption import EXIT_CODE, Preempted, leave_on_signals
 from callbacks.run_folder import write_text
 from callbacks.throughput import Throughput
 from data.base import TokenDataModule
@@ -67,12 +67,13 @@ def build(cfg: DictConfig) -> Run:
     micro_batch_size, trainer.accumulate_grad_batches = divide_step(trainer.world_size, **cfg.batch)
     trainer.val_check_interval = cfg.val_every_n_steps * trainer.accumulate_grad_batches
     datamodule = instantiate(cfg.data, micro_batch_size=micro_batch_size)
-    if trainer.local_rank == 0:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        if cfg.ckpt_path:
-            order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
-            resume.check_same_run(checkpoints.check_metadata(Path(cfg.ckpt_path)), settings, order)
+    # On every rank, before any waits for another: the first one prepares, however long it takes.
+    datamodule.prepare_data(verify=trainer.local_rank == 0)
+    datamodule.setup("fit")
+    if cfg.ckpt_path and trainer.local_rank == 0:
+        order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
+        resume.check_same_run(checkpoints.check_metadata(Path(cfg.ckpt_path)), settings, order)
+        if trainer.is_global_zero:
             resume.remember(Path(cfg.run_dir), cfg, HydraConfig.get().overrides.task)
     return Run(module, datamodule, trainer)
 
@@ -239,6 +240,7 @@ def sweeping() -> bool:
 def main(cfg: DictConfig) -> float | list[float] | None:
     for warning in NOT_FOR_USERS:  # here: every process that runs jobs of a sweep has its own
         warnings.filterwarnings("ignore", message=warning)
+    leave_on_signals()
     try:
         return sweep.run_job(cfg, build, train) if sweeping() else run_alone(cfg)
     except Preempted:
@@ -262,13 +264,17 @@ def run_alone(cfg: DictConfig) -> None:
         wandb.finish()
         run.trainer.strategy.barrier()  # Lightning would kill rank zero if another left first
         raise
-    except (FloatingPointError, OSError) as error:
-        if "HYDRA_FULL_ERROR" in os.environ:
-            raise
-        strategies.stop_others(run.trainer)
-        sys.exit(str(error) if leads else 1)
-    finally:
-        wandb.finish()
+    except BaseException as error:
+        known = isinstance(error, FloatingPointError | OSError)
+        known = known and "HYDRA_FULL_ERROR" not in os.environ
+        if known and leads:
+            print(error, file=sys.stderr, flush=True)
+        wandb.finish(exit_code=1)
+        strategies.end_together(run.trainer)
+        if known:
+            sys.exit(1)
+        raise
+    wandb.finish()
 
 
 if __name__ == "__main__":

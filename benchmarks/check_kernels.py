@@ -22,9 +22,10 @@ from torch import Tensor
 
 import nsa.kernels as kernels
 from benchmarks.judge import judge, judge_selection, loop_order
-from nsa import blocks, reference
+from nsa import blocks, reference, rotary
 from nsa.config import NSAConfig
 from nsa.kernels import lists
+from nsa.rotary import rotary_angles
 
 PAPER = dict(
     sliding_window_size=512, compress_block_size=32, compress_block_sliding_stride=16,
@@ -149,6 +150,15 @@ def check_case(case: Case) -> None:
         (q, k, v),
         "out dq dk dv",
     )
+    for name, start in (("rotate", 0), ("rotate, far", 2**16 - case.T)):
+        angles = rotary_angles(case.T, case.D, offset=start, device=DEVICE)
+        compare(
+            name,
+            lambda parts, angles=angles: kernels.rotate(parts[..., 1, :, :], angles),
+            lambda parts, angles=angles: rotary.rotate(parts[..., 1, :, :], angles),
+            (torch.stack([q, q], dim=2),),  # a view whose tokens lie apart
+            "out dx",
+        )
     out = torch.randn(3, *q.shape[:3], case.DV, dtype=torch.float64, device=DEVICE)
     gates = torch.rand(*q.shape[:3], 3, dtype=torch.float64, device=DEVICE)
     names = "out dgates da db dc"

@@ -1,6 +1,7 @@
 """A run that is told to go: SIGTERM or SIGUSR1 to any of its processes saves it and ends it."""
 
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.step_checkpoint import StepCheckpoint
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 
 
@@ -29,18 +31,21 @@ class Preemption(Callback):
     first; the run is saved before it as well, in case the time is too short. The last step of a
     run ends it as always.
 
-    In place of Lightning's own handling, which waits for the device in every micro-batch and
-    hangs when a signal reaches one rank alone.
+    In place of Lightning's own handling, which waits for the device in every micro-batch, hangs
+    when a signal reaches one rank alone, and elsewhere ends a run as if it were finished. Outside
+    training, where there is nothing to save, the handlers of `leave_on_signals` stand.
     """
 
     def __init__(self) -> None:
         self._told = False  # this rank; one rank is enough
-        self._saved = False  # because some rank was told
+        self._saved = False  # or about to be, because some rank was told
         self._step = 0
         self._group: Any = None  # of all ranks, on the CPU; None for one process
         self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        signals: Any = trainer._signal_connector
+        signals.register_signal_handlers = lambda: None  # Lightning's, of every stage
         if stage == "fit" and not savers(trainer):
             raise ValueError(
                 "callbacks.preemption saves through callbacks.checkpoint_last: keep that one too, "
@@ -54,7 +59,7 @@ class Preemption(Callback):
         loop: Any = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):  # Lightning's, in every micro-batch
             loop._broadcast_sigterm_tensor = lambda: None
-        for which in (signal.SIGTERM, signal.SIGUSR1):
+        for which in SIGNALS:
             self._handlers[which] = signal.signal(which, self._hear)
 
     def _hear(self, which: int, frame: FrameType | None) -> None:
@@ -66,11 +71,16 @@ class Preemption(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        self._save_if_told(trainer)
+        self._ask_all_ranks()
+        if self._saved:
+            for saver in savers(trainer):
+                saver.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._save_if_told(trainer)
+            self._ask_all_ranks()
+            for saver in savers(trainer):  # it comes last: the others have noted the result then
+                saver.asked = self._saved
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -78,25 +88,36 @@ class Preemption(Callback):
         if self._saved:  # only now have the loggers what there is to say of the last step
             raise Preempted(f"told to end: saved after step {trainer.global_step}")
 
-    def _save_if_told(self, trainer: Trainer) -> None:
+    def _ask_all_ranks(self) -> None:
         told = torch.tensor([int(self._told)])
         if self._group is not None:
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
         self._saved = bool(told)
-        if self._saved:
-            save(trainer)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_handlers()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
         for which, handler in self._handlers.items():
             signal.signal(which, handler)
         self._handlers = {}
 
 
-def save(trainer: Trainer) -> None:
-    """Save the run as it stands now, through the callback that keeps its checkpoints."""
-    for saver in savers(trainer):
-        saver.save(trainer)
+def leave_on_signals() -> None:
+    """End the program with EXIT_CODE on SIGTERM and SIGUSR1: what is to be repeated, is."""
+
+    def leave(which: int, frame: FrameType | None) -> None:
+        sys.exit(EXIT_CODE)
+
+    for which in SIGNALS:
+        signal.signal(which, leave)
 
 
 def savers(trainer: Trainer) -> list[StepCheckpoint]:
+    """The callbacks that keep the run's checkpoints."""
     return [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, StepCheckpoint)]

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+PATIENCE = 8  # seconds: loaders of a run that was killed hold on to it until they notice
 LOCK = ".lock"  # stays behind when the run ends; only a running process holds it
 
 
@@ -34,7 +35,7 @@ class RunLock(Callback):
         self._lock = FileLock(folder / LOCK)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=PATIENCE)
         except Timeout:
             sys.exit(
                 f"run folder {folder} is taken: another process is running in it. Wait until it "

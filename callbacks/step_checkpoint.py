@@ -1,19 +1,33 @@
 """Checkpoints every n optimizer steps that a run can go on from exactly."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
-class StepCheckpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint`, with two gaps of saving by steps closed.
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's `ModelCheckpoint`, that removes the checkpoint a run went on from like any other
+    once a better one is whole: a run that is started again and again does not fill the disk.
+    """
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        return previous != current and Path(self.dirpath or "") in Path(previous).parents
+
+
+class StepCheckpoint(RunCheckpoint):
+    """A `RunCheckpoint` with two gaps of saving by steps closed.
 
     Where a validation falls on the same step, the checkpoint is saved after it, not before: a run
     that goes on from it skips that validation, so it must know its result and the best checkpoint.
     And the end of training is always saved, also between two cadences. Takes the same arguments;
     keep `every_n_train_steps` set and `monitor=step`.
+
+    `asked` has the next validation saved, whatever the cadence.
     """
+
+    asked = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -29,6 +43,9 @@ class StepCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
         super().on_validation_end(trainer, pl_module)
+        if self.asked:
+            self.asked = False
+            self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

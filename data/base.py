@@ -94,11 +94,14 @@ class TokenDataModule(L.LightningDataModule, ABC):
         writer.index["tokenizer"] = tokenizer.save(folder)
         return writer
 
-    def prepare_data(self) -> None:
-        """Build the shards where they do not exist, verify them where they do."""
+    def prepare_data(self, verify: bool = True) -> None:
+        """Build the shards where they do not exist, verify them where they do.
+
+        `verify=False` leaves their bytes to another process of this machine to read.
+        """
         if not self._prepared:
             source = self.source()
-            prepare_shards(shard_folder(self.name, source), source, self.build)
+            prepare_shards(shard_folder(self.name, source), source, self.build, verify)
             self._prepared = True
 
     def setup(self, stage: str | None = None) -> None:

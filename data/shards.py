@@ -163,7 +163,9 @@ class TokenSplit:
         return self._maps[shard]
 
 
-def prepare_shards(folder: Path, source: dict[str, Any], build: Callable[[Path], None]) -> None:
+def prepare_shards(
+    folder: Path, source: dict[str, Any], build: Callable[[Path], None], verify: bool = True
+) -> None:
     """Build the shards of `source` in `folder` once, or verify every byte of those that are there.
 
     `build` writes into a folder aside, which is renamed when it is complete. Of several processes
@@ -175,7 +177,8 @@ def prepare_shards(folder: Path, source: dict[str, Any], build: Callable[[Path],
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.exists():
-            verify_shards(folder, source)
+            if verify:
+                verify_shards(folder, source)
             return
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)  # left by a killed process: the lock is ours

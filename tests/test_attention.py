@@ -400,7 +400,7 @@ assert all(p.grad is not None for p in attn.parameters())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "flex"])
+@pytest.mark.parametrize("backend", ["reference", "flex", "triton"])
 def test_it_trains_on_a_gpu_in_bfloat16(backend: str) -> None:
     sizes = SIZES | {"dim_head": 32, "sliding_window_size": 64}
     attn = SparseAttention(**sizes, backend=backend).cuda()

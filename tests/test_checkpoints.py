@@ -259,15 +259,18 @@ def test_trainers_write_whole_checkpoints(tmp_path: Path, trainer: str) -> None:
     assert isinstance(strategy, FSDP2Strategy) == (trainer == "fsdp")
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_message(monkeypatch) -> None:
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_message(
+    monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: object) -> None:
         raise checkpoints.NotWritten("no space")
 
     trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
     monkeypatch.setattr(train, "build", lambda _: SimpleNamespace(trainer=trainer))
     monkeypatch.setattr(train, "train", fail)
-    with pytest.raises(SystemExit, match="no space"):
+    with pytest.raises(SystemExit, match="1"):
         train.run_alone(OmegaConf.create())
+    assert capsys.readouterr().err == "no space\n"
 
 
 def test_a_folder_can_go_on_without_the_strategy_that_wrote_it(tmp_path: Path) -> None:

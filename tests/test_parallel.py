@@ -150,7 +150,7 @@ def test_a_broken_weight_of_one_rank_stops_all(runs: dict[str, Any]) -> None:
 def test_processes_that_were_launched_are_ended() -> None:
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), 2, 1)
     launcher.procs = [subprocess.Popen(["sleep", "60"])]
-    strategies.stop_others(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
+    strategies.end_together(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
     assert launcher.procs[0].wait() == -signal.SIGKILL
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_run import OF_LIGHTNING, TinyModule, fit
 
-from callbacks.preemption import Preempted, Preemption
+from callbacks.preemption import SIGNALS, Preempted, Preemption, leave_on_signals
 from callbacks.step_checkpoint import StepCheckpoint
 from data.base import leave_signals_to_the_trainer
 
@@ -90,6 +90,37 @@ def test_the_last_step_ends_a_run_as_always(tmp_path: Path) -> None:
     module = SignalAt(7, signal.SIGTERM)
     trainer = fit(tmp_path, saver(tmp_path), Preemption(), module=module)
     assert trainer.global_step == 8
+
+
+class SignalInSanityCheck(TinyModule):
+    def validation_step(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_outside_training_a_signal_ends_the_program_at_once(tmp_path: Path) -> None:
+    before = {which: signal.getsignal(which) for which in SIGNALS}
+    leave_on_signals()
+    try:
+        with pytest.raises(SystemExit) as end:
+            fit(tmp_path, saver(tmp_path), Preemption(), module=SignalInSanityCheck())
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+    assert end.value.code == 143 and not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_run_that_is_preempted_often_keeps_no_more_checkpoints(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 5):
+        ckpt_path = tmp_path / "last.ckpt" if step > 1 else None
+        with pytest.raises(Preempted):
+            fit(
+                tmp_path,
+                saver(tmp_path),
+                Preemption(),
+                module=SignalAt(step - 1, signal.SIGTERM),
+                ckpt_path=None if ckpt_path is None else ckpt_path.resolve(),
+            )
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "step_5.ckpt"}
 
 
 def test_it_needs_what_saves(tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ def _save(ctx, inputs, output):
     q, k, v, block_indices, gates, *ctx.rule = inputs
     ctx.save_for_backward(q, k, v, block_indices, *output)
     ctx.gates = None if gates is None else gates.dtype
+    ctx.mark_non_differentiable(*output[1:])  # lse and the lists are for the backward pass
     ctx.set_materialize_grads(False)
 
 

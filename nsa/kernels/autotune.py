@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
@@ -17,7 +18,10 @@ from nsa.kernels.primitives import power_of_2
 from nsa.kernels.tile_sizes import Problem, Tile, candidates, table_tile
 
 Result = TypeVar("Result")
-UNFIT = (CompilationError, OutOfResources, PTXASError)  # what a tile too large for a GPU raises
+UNFIT = (  # what a tile too large for a GPU raises
+    *(CompilationError, OutOfResources, PTXASError),
+    torch.OutOfMemoryError,  # of the memory that is left
+)
 
 
 def with_tile(problem: Problem, launch: Callable[[Tile], Result]) -> Result:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("nsa", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)  # kernels see contiguous arrays
@@ -30,7 +31,10 @@ def register_fake(op: OpOverload) -> Callable[[Callable], Callable]:
 def register_autograd(
     op: OpOverload, backward: Callable[..., Any], *, setup_context: Callable[..., None]
 ) -> None:
-    """The op's gradient: backward(ctx, *grads); setup_context(ctx, inputs, output) saves for it."""
+    """The op's gradient: backward(ctx, *grads); setup_context(ctx, inputs, output) saves for it.
+
+    A gradient of that gradient is an error, not a zero.
+    """
 
     def below_autograd(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -47,5 +51,5 @@ def register_autograd(
         return Op.apply(*inputs) if torch.is_grad_enabled() else below_autograd(*inputs)
 
     Op.__name__ = op.name()
-    Op.backward = staticmethod(backward)
+    Op.backward = staticmethod(once_differentiable(backward))  # type: ignore[assignment]
     LIBRARY.impl(op, with_autograd, "Autograd")

@@ -80,5 +80,8 @@ def rows_whole(x: Tensor) -> Tensor:
 def rotate(
     x: Float[Tensor, "B T H D"], angles: Float[Tensor, "T half"]
 ) -> Float[Tensor, "B T H D"]:
-    """Turn the pairs (x[i], x[i + D/2]) in float32; x may be a view whose heads are apart."""
-    return turn(rows_whole(x), angles, False)
+    """Turn the pairs (x[i], x[i + D/2]) in float32; x may be a view whose heads are apart.
+
+    Differentiable in x.
+    """
+    return turn(rows_whole(x), angles.contiguous(), False)
