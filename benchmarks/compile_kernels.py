@@ -1,10 +1,13 @@
 """Compile every kernel for a GPU that need not be here, and say what each one costs.
 
-    python -m benchmarks.compile_kernels --arch 90 --heads 64/4 --dim 128
+    python -m benchmarks.compile_kernels --arch 90 --heads 64/4 --dim 128 [--candidates]
 
 Launchers run on CPU tensors with the launch replaced by a compilation, so what is compiled is what
-would be launched, tile table and all. Columns: registers a thread, bytes spilled to local memory,
-bytes of shared memory, and the matrix instruction. Must run without TRITON_INTERPRET.
+would be launched, tile table and all; with --candidates also every other tile worth timing.
+Columns: registers a thread; bytes of stack, which hold what was spilled; bytes of shared memory; of
+the largest loop with matrix products its instructions, those that spill or fetch what was spilled,
+and those that wait for a product (as many as there are products: they run one by one); the matrix
+instruction. Must run without TRITON_INTERPRET.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +27,8 @@ from triton.runtime.jit import JITFunction
 
 import nsa.kernels as kernels
 from nsa.config import NSAConfig
-from nsa.kernels import selected
+from nsa.kernels import autotune, selected, tile_sizes
+from nsa.kernels.tile_sizes import Problem, Tile, candidates
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -35,10 +40,12 @@ MATRIX = r"(?<=wgmma\.mma_async\.sync\.aligned\.)m\d+n\d+k\d+|(?<!a\.)\bmma\.syn
 OPTIONS = ("num_warps", "num_stages")
 
 
-def compile_instead(arch: int, seen: set, report) -> None:
+def compile_instead(arch: int, only: str, seen: set, report) -> None:
     """Replace launching by compiling for sm_<arch>; each distinct program once."""
 
     def run(self, *args, grid, warmup, **kwargs):
+        if only not in self.__name__:
+            return
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         source = as_source(self, values)
@@ -73,18 +80,48 @@ def as_source(kernel: JITFunction, values: dict) -> ASTSource:
     return ASTSource(kernel, signature, constants, aligned)
 
 
-def resources(compiled) -> tuple[int, int]:
-    """Registers a thread and bytes of stack (spills), as the assembler counted them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def tool_output(tool: str, compiled, *options: str) -> str:
+    """What one of the CUDA tools that come with Triton says of a compiled kernel."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [path, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(compiled) -> tuple[int, int]:
+    """Registers a thread and bytes of stack (spills), as the assembler counted them."""
+    usage = tool_output("cuobjdump", compiled, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return int(found[1]), int(found[2])
+
+
+def product_loop(compiled) -> list[str]:
+    """The instructions of the largest loop that multiplies matrices; none without one."""
+    code = tool_output("nvdisasm", compiled, "-c")
+    lines = re.findall(r"^(?:\.L_x_\d+:|\s+/\*[0-9a-f]{4,}\*/.*)", code, re.MULTILINE)
+    labels = {line[:-1]: place for place, line in enumerate(lines) if line.startswith(".L_x_")}
+    loops = [[]]
+    for place, line in enumerate(lines):
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        body = lines[labels.get(target[1], place) : place] if target else []
+        if any("MMA" in each for each in body):
+            loops.append(body)
+    return max(loops, key=len)
+
+
+def loop_costs(compiled) -> str:
+    loop = product_loop(compiled)
+    count = {
+        name: sum(name in line for line in loop)
+        for name in ("STL", "LDL", "WARPGROUP.DEPBAR", "MMA")
+    }
+    return (
+        f"loop {len(loop):4d} spills {count['STL'] + count['LDL']:3d} "
+        f"waits {count['WARPGROUP.DEPBAR']:2d} of {count['MMA']:2d}"
+    )
 
 
 def exercise(
@@ -106,9 +143,18 @@ def exercise(
     out = torch.zeros_like(out_win)
     for tiles in (True, False):
         selected.prefers_tiles = lambda num_tokens, cfg, tiles=tiles: tiles
-        out_slc = kernels.selected_attention(q, k, v, indices, cfg, None if tiles else gates)
+        out_slc = kernels.selected_attention(q, k, v, indices, cfg)
         out = out + kernels.combine(new(B, T, H, 3), out_cmp, out_slc, out_win)
+    out = out + kernels.selected_attention(q, k, v, indices, cfg, gates)
     out.sum().backward()
+
+
+def every_candidate(problem: Problem, launch: Callable[[Tile], object]) -> Tile:
+    """Stands for `autotune.choose`: compiles every candidate, and goes on by the table."""
+    first, *others = candidates(problem)
+    for tile in others:
+        launch(tile)
+    return first
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -121,6 +167,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--sizes", default="32/16/64/16/512", help="l/d/l'/n/w")
     parser.add_argument("--acyclic", action="store_true", help="causal=False")
+    parser.add_argument("--candidates", action="store_true", help="all tiles worth timing")
+    parser.add_argument("--kernel", default="", help="part of the names of kernels")
     return parser.parse_args(argv)
 
 
@@ -137,19 +185,25 @@ def main(argv: list[str] | None = None) -> int:
         nonlocal worst
         registers, stack = resources(compiled)
         matrix = " ".join(sorted(set(re.findall(MATRIX, compiled.asm["ptx"]))))
-        shared = compiled.metadata.shared
-        worst = max(worst, shared)
+        worst = max(worst, compiled.metadata.shared)
+        variant = values.get("RULE", "gates" if values.get("GATES") else "")
+        tile = "x".join(str(values[key]) for key in ("ROWS", "KEYS") if key in values)
         print(
-            f"{name:22s}{values.get('RULE', ''):8s} warps {options.get('num_warps')} registers "
-            f"{registers:3d} stack {stack:5d} shared {shared:6d} {matrix}",
+            f"{name:22s}{variant:7s}{tile:8s}warps {options.get('num_warps')} "
+            f"stages {options.get('num_stages', '-')} registers {registers:3d} stack {stack:4d} "
+            f"shared {compiled.metadata.shared:6d} {loop_costs(compiled)} {matrix}",
             flush=True,
         )
 
     H, G = map(int, args.heads.split("/"))
-    compile_instead(args.arch, set(), report)
+    limit = {80: 163, 86: 99, 89: 99, 90: 227}[args.arch] * 1024
+    tile_sizes.shared_memory = lambda device: limit
+    tile_sizes.capability = lambda device: args.arch
+    if args.candidates:
+        autotune.choose = every_candidate
+    compile_instead(args.arch, args.kernel, set(), report)
     dtype = getattr(torch, args.dtype)
     exercise(1, args.tokens, H, G, args.dim, args.value_dim or args.dim, dtype, cfg)
-    limit = {80: 163, 86: 99, 89: 99, 90: 227}[args.arch] * 1024
     print(f"largest shared memory {worst} of {limit} bytes")
     return int(worst > limit)
 

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from nsa.kernels.lists import find_item
-from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, row_delta, store_rows
+from nsa.kernels.primitives import (
+    LN2,
+    LOG2E,
+    div_mod,
+    finite,
+    load_lse2,
+    load_rows,
+    row_delta,
+    store_rows,
+)
 
 
 @triton.jit
@@ -42,27 +51,29 @@ def block_fwd_kernel(
     key_rows = (b * T + offs_s) * G + j // (J // G)
     k = load_rows(k_ptr, key_rows, offs_s < end, D, BLOCK_D)  # [KEYS, BLOCK_D]
     v = load_rows(v_ptr, key_rows, offs_s < end, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+    first_token = (b * T).to(tl.int32)
+    first_slot = ((b * (T - chunk_tokens) + t_base) * (J * N)).to(tl.int32)
     for i0 in range(0, (hi - lo) * R, ROWS):
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < (hi - lo) * R
-        slot = tl.load(slots_ptr + lo + offs_i // R, mask=live, other=0)
-        token = (slot // (J * N)).to(tl.int64)  # b * T + t
-        t = token - b * T
-        q = load_rows(q_ptr, token * H + j * R + offs_i % R, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [ROWS, KEYS]
+        i, r = div_mod(offs_i, R)
+        slot = tl.load(slots_ptr + lo + i, mask=live, other=0)
+        token = div_mod(slot, J * N)[0]  # b * T + t
+        rows = token.to(tl.int64) * H + j * R + r
+        q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         seen = tl.broadcast_to((offs_s < end)[None, :], [ROWS, KEYS])
         if CAUSAL:
-            seen = seen & (offs_s[None, :] <= t[:, None])
+            seen = seen & (offs_s[None, :] <= (token - first_token)[:, None])
         s = tl.where(seen, s, float("-inf"))
-        m = finite(tl.max(s, 1))
-        p = tl.exp2(s - m[:, None])
+        m = tl.max(s, 1) * (scale * LOG2E)
+        p = tl.exp2(s * (scale * LOG2E) - finite(m)[:, None])
         norm = tl.sum(p, 1)
+        norm = tl.where(norm > 0, norm, 1.0)  # a row that saw nothing: out 0, m and lse -inf
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        local = (b * chunk_tokens + t - t_base) * (J * N) + slot % (J * N)
-        part = local * R + offs_i % R
-        store_rows(part_ptr, part, live, out / tl.where(norm > 0, norm, 1.0)[:, None], DV, BLOCK_DV)
-        lse2 = tl.where(norm > 0, m + tl.log2(tl.where(norm > 0, norm, 1.0)), float("-inf"))
-        tl.store(part_lse_ptr + part, lse2, mask=live)
+        part = (slot - first_slot).to(tl.int64) * R + r
+        store_rows(part_ptr, part, live, out * (1.0 / norm)[:, None], DV, BLOCK_DV)
+        tl.store(part_lse_ptr + part, m + tl.log2(norm), mask=live)
 
 
 @triton.jit
@@ -80,9 +91,10 @@ def merge_kernel(
     b, j = bj // J, bj % J
     offs_i = tl.program_id(0) % num_tiles * ROWS + tl.arange(0, ROWS)
     live = offs_i < tokens * R
-    t = t_base + offs_i // R
+    i, r = div_mod(offs_i, R)
+    t = t_base + i
     slots = ((b * T + t) * J + j) * N
-    parts = ((b * chunk_tokens + offs_i // R) * J + j) * N * R + offs_i % R
+    parts = ((b * chunk_tokens + i) * J + j) * N * R + r
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
     for n in range(N):
@@ -99,7 +111,7 @@ def merge_kernel(
         acc += weight[:, None] * part.to(tl.float32)
         norm += weight
     norm = tl.where(norm > 0, norm, 1.0)
-    rows = (b * T + t) * H + j * R + offs_i % R
+    rows = (b * T + t) * H + j * R + r
     store_rows(out_ptr, rows, live, acc / norm[:, None], DV, BLOCK_DV)
     tl.store(lse_ptr + rows, (m + tl.log2(norm)) * LN2, mask=live)
 
@@ -153,13 +165,15 @@ def block_bwd_kernel(
     v = load_rows(v_ptr, key_rows, offs_s < end, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    first_token = (b * T).to(tl.int32)
+    first_slot = ((b * (T - chunk_tokens) + t_base) * (J * N)).to(tl.int32)
     for i0 in range(0, (hi - lo) * R, ROWS):
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < (hi - lo) * R
-        slot = tl.load(slots_ptr + lo + offs_i // R, mask=live, other=0)
-        token = (slot // (J * N)).to(tl.int64)
-        t = token - b * T
-        rows = token * H + j * R + offs_i % R
+        i, r = div_mod(offs_i, R)
+        slot = tl.load(slots_ptr + lo + i, mask=live, other=0)
+        token = div_mod(slot, J * N)[0]
+        rows = token.to(tl.int64) * H + j * R + r
         q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
         dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
         lse2 = load_lse2(lse_ptr, rows, live)
@@ -167,19 +181,17 @@ def block_bwd_kernel(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [KEYS, ROWS]
         seen = tl.broadcast_to((offs_s < end)[:, None], [KEYS, ROWS])
         if CAUSAL:
-            seen = seen & (offs_s[:, None] <= t[None, :])
+            seen = seen & (offs_s[:, None] <= (token - first_token)[None, :])
         p = tl.where(seen, tl.exp2(s - lse2[None, :]), 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
-        local = (b * chunk_tokens + t - t_base) * (J * N) + slot % (J * N)
-        part = local * R + offs_i % R
-        if GATES:
-            tl.store(part_dgate_ptr + part, tl.sum(ds * s, 0) * LN2, mask=live)
-        ds = ds.to(q.dtype)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-        store_rows(part_dq_ptr, part, live, dq * scale, D, BLOCK_D)
+        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * scale
+        part = (slot - first_slot).to(tl.int64) * R + r
+        store_rows(part_dq_ptr, part, live, dq, D, BLOCK_D)
+        if GATES:  # a factor on the row's scores: its gradient is the sum of dS * S, or Q * dQ
+            tl.store(part_dgate_ptr + part, tl.sum(q.to(tl.float32) * dq, 1), mask=live)
     sums = (b * T + offs_s) * J + j  # rows of dk and dv
     if count == 1:
         dk = dk * scale + load_rows(dk_ptr, sums, offs_s < end, D, BLOCK_D)
@@ -233,10 +245,11 @@ def sum_slots_kernel(
     b, j = bj // J, bj % J
     offs_i = tl.program_id(0) % num_tiles * ROWS + tl.arange(0, ROWS)
     live = offs_i < tokens * R
-    t = t_base + offs_i // R
-    parts = ((b * chunk_tokens + offs_i // R) * J + j) * N * R + offs_i % R
+    i, r = div_mod(offs_i, R)
+    t = t_base + i
+    parts = ((b * chunk_tokens + i) * J + j) * N * R + r
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for n in range(N):
         kept = tl.load(indices_ptr + ((b * T + t) * J + j) * N + n, mask=live, other=-1) >= 0
         acc += load_rows(part_ptr, parts + n * R, kept, D, BLOCK_D).to(tl.float32)
-    store_rows(dq_ptr, (b * T + t) * H + j * R + offs_i % R, live, acc, D, BLOCK_D)
+    store_rows(dq_ptr, (b * T + t) * H + j * R + r, live, acc, D, BLOCK_D)

@@ -22,6 +22,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 @no_type_check
+def div_mod(x, n: tl.constexpr):
+    """x // n and x % n of what is never negative: a shift and a mask where n is a power of two."""
+    x = x.to(tl.uint32)
+    return (x // n).to(tl.int32), (x % n).to(tl.int32)
+
+
+@triton.jit
+@no_type_check
 def load_rows(ptr, rows, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a [*, D] array, 0 where not live and beyond D.  [rows, BLOCK_D]"""
     offs_d = tl.arange(0, BLOCK_D)
@@ -45,9 +53,12 @@ def store_rows(ptr, rows, live, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 @no_type_check
 def load_lse2(ptr, rows, live):
-    """A row's lse in base 2, +inf where the row saw nothing: its probabilities come out as 0."""
-    lse = tl.load(ptr + rows, mask=live, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    """A row's lse in base 2.
+
+    A row that is not live has q, dO and delta 0, so whatever probabilities it gets add nothing. One
+    that saw nothing has -inf, and is masked wherever it is met.
+    """
+    return tl.load(ptr + rows, mask=live, other=0.0) * LOG2E
 
 
 @triton.jit

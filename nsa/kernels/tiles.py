@@ -16,7 +16,16 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nsa.kernels.primitives import LN2, LOG2E, finite, load_lse2, load_rows, row_delta, store_rows
+from nsa.kernels.primitives import (
+    LN2,
+    LOG2E,
+    div_mod,
+    finite,
+    load_lse2,
+    load_rows,
+    row_delta,
+    store_rows,
+)
 
 
 @triton.jit
@@ -95,8 +104,8 @@ def attend_fwd_kernel(
 
     offs_i = tile * ROWS + tl.arange(0, ROWS)
     live = offs_i < T * R
-    t = offs_i // R
-    rows = (b * T + t) * H + j * R + offs_i % R
+    t, r = div_mod(offs_i, R)
+    rows = (b * T + t) * H + j * R + r
     q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
@@ -112,15 +121,15 @@ def attend_fwd_kernel(
         key_rows = (b * num_keys + offs_s) * G + g
         k = load_rows(k_ptr, key_rows, offs_s < num_keys, D, BLOCK_D)  # [KEYS, BLOCK_D]
         v = load_rows(v_ptr, key_rows, offs_s < num_keys, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [ROWS, KEYS]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
             seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
             s = tl.where(seen, s, float("-inf"))
         if RULE == "bits":
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
             s = tl.where(has_bit(word[:, None], offs_s[None, :], SPAN), s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - finite(m_new)[:, None])
+        m_new = tl.maximum(m, tl.max(s, 1) * (scale * LOG2E))
+        p = tl.exp2(s * (scale * LOG2E) - finite(m_new)[:, None])
         alpha = tl.exp2(m - finite(m_new))
         norm = norm * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
@@ -154,8 +163,8 @@ def attend_dq_kernel(
 
     offs_i = tile * ROWS + tl.arange(0, ROWS)
     live = offs_i < T * R
-    t = offs_i // R
-    rows = (b * T + t) * H + j * R + offs_i % R
+    t, r = div_mod(offs_i, R)
+    rows = (b * T + t) * H + j * R + r
     q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
     dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
     lse2 = load_lse2(lse_ptr, rows, live)
@@ -227,8 +236,8 @@ def attend_dkv_kernel(
     for i0 in range(i_lo, i_hi, ROWS):
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < i_hi
-        t = offs_i // R
-        rows = (b * T + t) * H + j * R + offs_i % R
+        t, r = div_mod(offs_i, R)
+        rows = (b * T + t) * H + j * R + r
         q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
         dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
         lse2 = load_lse2(lse_ptr, rows, live)
