@@ -1,4 +1,4 @@
-"""How the processes of a run work together: sharded training (FSDP2), and one start for all."""
+"""How the processes of a run work together: sharded training (FSDP2), and one end for all."""
 
 import signal
 import time
@@ -169,9 +169,8 @@ def end_together(trainer: Trainer) -> None:
     soon as another one is gone. Ranks that torchrun or srun started are theirs to end.
     """
     launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        launcher.kill(signal.SIGKILL)
-        return
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    if isinstance(environment, LightningEnvironment) and not trainer.is_global_zero:
+    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+        launcher.kill(signal.SIGKILL)
+    elif isinstance(environment, LightningEnvironment) and not trainer.is_global_zero:
         time.sleep(60)

@@ -25,18 +25,11 @@ from torch.distributed import is_torchelastic_launched
 
 import gpus
 from callbacks.run_folder import write_text
+from callbacks.sweep_report import COLUMNS, TEXT
 
 log = logging.getLogger(__name__)
 
-OBJECTIVES = (  # the numbers in result.json
-    "val_bpb",
-    "test_bpb",
-    "visible_tokens",
-    "num_params",
-    "tokens_per_second",
-    "steps",
-    "seconds",
-)
+OBJECTIVES = tuple(column for column in COLUMNS if column not in TEXT)
 REFUSALS = (ValueError, OSError, InstantiationException)  # of a config, before training
 ENDINGS = (FloatingPointError, torch.OutOfMemoryError)  # of a training: the message says it all
 ONE_PROCESS = (

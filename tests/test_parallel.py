@@ -154,6 +154,17 @@ def test_processes_that_were_launched_are_ended() -> None:
     assert launcher.procs[0].wait() == -signal.SIGKILL
 
 
+@pytest.mark.parametrize(("environment", "waits"), [(LightningEnvironment, 1), (object, 0)])
+def test_a_launched_process_waits_to_be_ended(monkeypatch, environment: type, waits: int) -> None:
+    """It has a launcher too, that has launched nothing; torchrun's ranks leave by themselves."""
+    waited: list[float] = []
+    monkeypatch.setattr(strategies.time, "sleep", waited.append)
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), 2, 1)
+    strategy = SimpleNamespace(launcher=launcher, cluster_environment=environment())
+    strategies.end_together(SimpleNamespace(strategy=strategy, is_global_zero=False))
+    assert len(waited) == waits
+
+
 def test_torchrun_trains_from_the_same_configs(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(900)))
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
