@@ -1,7 +1,7 @@
 """How a Transformer fits on its devices: what is recomputed, what is compiled, what is sharded.
 
-In this order: a compiler has to see the recomputation, and PyTorch shards last. Nothing here changes
-a parameter's name; what is done already is not done again.
+In this order: a compiler has to see the recomputation, and PyTorch shards last. Nothing here
+changes a parameter's name; what is done already is not done again.
 """
 
 from functools import partial
