@@ -67,8 +67,10 @@ class Counts(NamedTuple):
 class H100:
     """As much of a GPU as binding a kernel's arguments asks about."""
 
+    number = -1  # no real device: what is "compiled" for it is never launched on one
+
     def get_current_device(self) -> int:
-        return 0
+        return self.number
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -88,17 +90,9 @@ class Unlaunched:
 
 
 def compile_nothing(kernel: JITFunction, key: str, *rest: object) -> Unlaunched:
-    STUBBED.append(kernel)
-    kernel.device_caches[0][0][key] = Unlaunched()
-    return kernel.device_caches[0][0][key]
-
-
-STUBBED: list[JITFunction] = []  # kernels whose caches hold what launches nothing
-
-
-def forget_stubs() -> None:
-    while STUBBED:
-        STUBBED.pop().device_caches.clear()
+    compiled = kernel.device_caches[H100.number][0]
+    compiled[key] = Unlaunched()
+    return compiled[key]
 
 
 @contextmanager
@@ -108,8 +102,9 @@ def no_gpu() -> Iterator[None]:
         stack.enter_context(patch.dict(os.environ, TRITON_INTERPRET="1"))  # `ops` lets a CPU pass
         stack.enter_context(patch.object(attend, "num_multiprocessors", lambda device: 132))
         if KERNEL is JITFunction:
-            stack.callback(forget_stubs)
-            stack.enter_context(patch.object(driver, "_active", H100()))
+            driver.set_active(H100())
+            if torch.cuda.is_available():  # elsewhere there is none to go back to
+                stack.callback(driver.reset_active)
             stack.enter_context(patch.object(JITFunction, "_do_compile", compile_nothing))
         else:
             stack.enter_context(patch.object(KERNEL, "run", lambda self, *args, **kwargs: None))

@@ -1,11 +1,12 @@
-"""A layer asks no more of the host than it did."""
+"""A layer asks no more of the host than it did, and the whole op no more memory."""
 
 import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import host_overhead
+from benchmarks import host_overhead, memory
 from benchmarks.host_overhead import NARROW, Counts
+from benchmarks.workloads import LAYOUTS
 
 
 def test_ops_and_launches_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,3 +17,11 @@ def test_ops_and_launches_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(n <= limit for n, limit in zip(forward, most, strict=True)), forward
     most = Counts(launches=10, custom_ops=7, torch_kernels=52, torch_calls=324)
     assert all(n <= limit for n, limit in zip(backward, most, strict=True)), backward
+
+
+@pytest.mark.parametrize(("heads", "most"), [("8/4", 0.96), ("16/16", 4.31)])
+def test_the_peak_at_64k_does_not_grow(heads, most, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In GiB, as predicted from a sixteenth of the tokens: the selected branch's backward pass."""
+    monkeypatch.undo()
+    peak, holders = memory.peak(memory.allocations(LAYOUTS[heads], 65536 // memory.SCALE))
+    assert peak * memory.SCALE / 2**30 < most, holders

@@ -53,10 +53,11 @@ def test_selected(case, tiles, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("partial_bytes", [1, 140 * 4 * 16 * 4])
 @pytest.mark.parametrize("index_heads", [1, 2])
-def test_chunks_items_and_gates(index_heads, monkeypatch):
-    """Three chunks of tokens and lists of several items; gates get the gradient of a factor."""
-    monkeypatch.setattr(lists, "PARTIAL_BYTES", (1, 1))
+def test_chunks_items_and_gates(index_heads, partial_bytes, monkeypatch):
+    """Chunks of tokens or of whole heads, lists of several items; gates get a factor's gradient."""
+    monkeypatch.setattr(lists, "PARTIAL_BYTES", (partial_bytes, partial_bytes))
     monkeypatch.setattr(lists, "ITEM_ROWS", 1)
     cfg = config(72, 2)
     indices = random_blocks(1, 140, index_heads, cfg)
@@ -85,6 +86,28 @@ def test_a_long_block_is_split():
 def test_the_table_takes_tiles_for_short_sequences():
     assert selected.prefers_tiles(1024, config(16, 8))
     assert not selected.prefers_tiles(65536, config(64, 16))
+
+
+CHUNKS = {  # partial bytes: heads of a chunk, tokens of it, chunks
+    1: (1, 64, 24),
+    200 * 3 * 2 * 16 * 2: (1, 200, 6),
+    4 * 200 * 3 * 2 * 16 * 2: (3, 200, 2),
+    2**30: (6, 200, 1),
+}
+
+
+@pytest.mark.parametrize("partial_bytes", CHUNKS)
+def test_every_slot_is_in_one_chunk(partial_bytes, monkeypatch):
+    monkeypatch.setattr(lists, "PARTIAL_BYTES", (partial_bytes, partial_bytes))
+    q = torch.empty(2, 200, 6, 16, dtype=torch.float16, device=DEVICE)
+    indices = torch.empty(2, 200, 3, 3, dtype=torch.int32, device=DEVICE)
+    plan = lists.plan_work(q, indices, 16, 16)
+    assert (plan.heads, plan.tokens, plan.chunks) == CHUNKS[partial_bytes]
+    met = torch.zeros(6, 200)
+    for chunk in lists.chunks_of(plan, 6, 200):
+        heads = met[chunk.first_head : chunk.first_head + chunk.heads]
+        heads[:, chunk.first_token : chunk.first_token + chunk.tokens] += 1
+    assert (met == 1).all()
 
 
 def test_too_many_slots_are_refused():

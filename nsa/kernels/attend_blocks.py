@@ -2,7 +2,7 @@
 
 # pyright: reportCallIssue=false
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from nsa.kernels.block_order import (
     sum_items_kernel,
     sum_slots_kernel,
 )
-from nsa.kernels.lists import cut_items, plan_work, sort_slots
+from nsa.kernels.lists import Chunk, Plan, chunks_of, cut_items, plan_work, sort_slots
 from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import cdiv, padded, precision
 from nsa.kernels.tile_sizes import Problem, Tile
@@ -37,26 +37,25 @@ def attend_blocks(
     Arrays are contiguous. Only out has a gradient.
     """
     (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
-    num_blocks = cdiv(T, length)
+    num_blocks, R = cdiv(T, length), H // J
     plan = plan_work(q, block_indices, length, max(D, DV))
+    constants = sizes(q, v, block_indices, plan, length, causal)
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         out = torch.empty(B, T, H, DV, dtype=v.dtype, device=q.device)
         lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-        part = torch.empty(B * plan.chunk_tokens * H * N, DV, dtype=v.dtype, device=q.device)
-        part_lse = torch.empty(part.shape[0], dtype=torch.float32, device=q.device)
-        for t_base in range(0, T, plan.chunk_tokens):
-            tokens = min(plan.chunk_tokens, T - t_base)
+        parts = plan.heads * plan.tokens * N * R
+        part = torch.empty(parts, DV, dtype=v.dtype, device=q.device)
+        part_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+        for chunk in chunks_of(plan, B * J, T):
             block_fwd_kernel[(plan.items,)](
-                q, k, v, slots, starts, ends, item_lists, part, part_lse,
-                T, num_blocks, plan.lists, t_base, plan.chunk_tokens, D**-0.5,
-                H=H, G=k.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, CAUSAL=causal,
-                BLOCK_D=padded(D), BLOCK_DV=padded(DV), ITEM=plan.item, PRECISION=precision(),
-                ROWS=tile.rows, KEYS=padded(length),
-                num_warps=tile.warps, num_stages=tile.stages,
+                q, k, v, slots, starts, ends, item_lists, part, part_lse, T, num_blocks,
+                plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
+                **constants, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-            merge_kernel[(cdiv(tokens * H // J, 32) * B * J,)](
-                part, part_lse, block_indices, out, lse, T, t_base, plan.chunk_tokens,
+            merge_kernel[(cdiv(chunk.tokens * R, 32) * chunk.heads,)](
+                part, part_lse, block_indices, out, lse,
+                T, chunk.first_head, chunk.first_token, chunk.tokens,
                 H=H, J=J, N=N, DV=DV, BLOCK_DV=padded(DV), ROWS=32, num_warps=4,
             )  # fmt: skip
         return out, lse
@@ -85,46 +84,42 @@ def attend_blocks_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the gates' gradient [B, T, J, N] (of no elements if not gated)."""
     (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
-    num_blocks, device = cdiv(T, length), q.device
+    num_blocks, R, device = cdiv(T, length), H // J, q.device
     plan = plan_work(q, block_indices, length, max(D, DV))
+    constants = sizes(q, v, block_indices, plan, length, causal)
     delta = torch.empty_like(lse)
 
-    def new(allocate: Callable[..., Tensor], *shape: int) -> Tensor:
-        return allocate(*shape, dtype=torch.float32, device=device)
+    def new(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=device)
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        slot_rows = B * plan.chunk_tokens * H * N
-        part_dq = torch.empty(slot_rows, D, dtype=q.dtype, device=device)
-        part_dgate = new(torch.empty, slot_rows) if gated else None
-        part_dk, part_dv = (new(torch.empty, plan.shared * length, W) for W in (D, DV))
-        dq = torch.empty_like(q)
-        dk, dv = (new(torch.zeros, B, T, J, W) for W in (D, DV))
-        dgates = new(torch.zeros, *(block_indices.shape if gated else (0,)))
-        for t_base in range(0, T, plan.chunk_tokens):
-            tokens = min(plan.chunk_tokens, T - t_base)
+        parts = plan.heads * plan.tokens * N * R
+        part_dq = torch.empty(parts, D, dtype=q.dtype, device=device)
+        part_dgate = new(parts) if gated else None
+        part_dk, part_dv = (new(plan.shared * length, W) for W in (D, DV))
+        dq, dk, dv = torch.empty_like(q), zeros_for(k, J, plan), zeros_for(v, J, plan)
+        dgates = torch.zeros(B * J, T if gated else 0, N, dtype=torch.float32, device=device)
+        for chunk in chunks_of(plan, B * J, T):
             block_bwd_kernel[(plan.items,)](
                 q, k, v, dout, lse, delta,
                 slots, starts, ends, item_lists, shared_ends,
-                part_dq, part_dgate, part_dk, part_dv, dk, dv,
-                T, num_blocks, plan.lists, t_base, plan.chunk_tokens, D**-0.5,
-                H=H, G=k.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, CAUSAL=causal,
-                GATES=gated, BLOCK_D=padded(D), BLOCK_DV=padded(DV), ITEM=plan.item,
-                PRECISION=precision(), ROWS=tile.rows, KEYS=padded(length),
-                num_warps=tile.warps, num_stages=tile.stages,
+                part_dq, part_dgate, part_dk, part_dv, dk, dv, T, num_blocks,
+                plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
+                **constants, GATES=gated,
+                ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             for part, total, W in ((part_dk, dk, D), (part_dv, dv, DV)):
                 sum_items_kernel[(plan.lists, cdiv(length, 16))](
-                    part, total, ends, shared_ends, T, num_blocks, t_base, plan.chunk_tokens,
+                    part, total, ends, shared_ends, T, num_blocks, chunk.number, chunk.first_head,
                     J=J, D=W, LENGTH=length, BLOCK_D=padded(W), KEYS=16, num_warps=4,
                 )  # fmt: skip
-            sum_slots_kernel[(cdiv(tokens * H // J, 32) * B * J,)](
-                part_dq, block_indices, dq, T, t_base, plan.chunk_tokens,
+            sum_slots_kernel[(cdiv(chunk.tokens * R, 32) * chunk.heads,)](
+                part_dq, block_indices, dq, T, chunk.first_head, chunk.first_token, chunk.tokens,
                 H=H, J=J, N=N, D=D, BLOCK_D=padded(D), ROWS=32, num_warps=4,
             )  # fmt: skip
             if part_dgate is not None:
-                heads = part_dgate.view(B, plan.chunk_tokens, J, N, H // J)[:, :tokens].sum(-1)
-                kept = block_indices[:, t_base : t_base + tokens] >= 0
-                dgates[:, t_base : t_base + tokens] = torch.where(kept, heads, 0.0)
+                by_slot = part_dgate.view(plan.heads, plan.tokens, N, R).sum(-1)
+                part_of(dgates, chunk).copy_(by_slot[: chunk.heads, : chunk.tokens])
         return dq, by_key_head(dk, k), by_key_head(dv, v), dgates
 
     with torch.cuda.device_of(q):
@@ -132,7 +127,35 @@ def attend_blocks_backward(
             out, dout, delta, lse.numel(), DV=DV, BLOCK_DV=padded(DV), ROWS=32, num_warps=4
         )
         ends, item_lists, shared_ends = cut_items(starts, plan)
-        return with_tile(problem("block_bwd", q, v, J, length), launch)
+        dq, dk, dv, dgates = with_tile(problem("block_bwd", q, v, J, length), launch)
+    if not gated:
+        return dq, dk, dv, dgates.flatten()
+    dgates = dgates.view(B, J, T, N).transpose(1, 2)
+    return dq, dk, dv, dgates.where(block_indices >= 0, 0.0).contiguous()
+
+
+def zeros_for(x: Tensor, index_heads: int, plan: Plan) -> Tensor:
+    """[B, T, J, D] to gather dK or dV in: float32 if chunks or index heads add to one another."""
+    B, T, G, D = x.shape
+    final = plan.tokens == T and index_heads == G
+    dtype = x.dtype if final else torch.float32
+    return torch.zeros(B, T, index_heads, D, dtype=dtype, device=x.device)
+
+
+def part_of(dgates: Tensor, chunk: Chunk) -> Tensor:
+    heads = dgates[chunk.first_head : chunk.first_head + chunk.heads]
+    return heads[:, chunk.first_token : chunk.first_token + chunk.tokens]
+
+
+def sizes(
+    q: Tensor, v: Tensor, indices: Tensor, plan: Plan, length: int, causal: bool
+) -> dict[str, Any]:
+    """The compile-time sizes that the two large kernels share."""
+    (_, _, H, D), (_, _, G, DV), (J, N) = q.shape, v.shape, indices.shape[2:]
+    return dict(
+        H=H, G=G, J=J, N=N, D=D, DV=DV, LENGTH=length, CAUSAL=causal, BLOCK_D=padded(D),
+        BLOCK_DV=padded(DV), KEYS=padded(length), ITEM=plan.item, PRECISION=precision(),
+    )  # fmt: skip
 
 
 def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, length: int) -> Problem:

@@ -2,9 +2,9 @@
 
 Each selection block is loaded once a work item and meets the queries that keep it, so K and V are
 read once a list instead of once a query. An item writes its partial result into its slots, and a
-second kernel merges the slots of a token by lse. Slots are many, so tokens are taken in chunks
-whose partial results are bounded (lists.py). Nothing is added atomically: one program at a time
-sums a block's dK and dV, in the order of its items.
+second kernel merges the slots of a token by lse. Slots are taken in chunks, whose partial results
+are bounded (lists.py); a chunk begins at token t0 of index head head0. Nothing is added atomically:
+one program at a time sums a block's dK and dV, in the order of its items.
 """
 
 from typing import no_type_check
@@ -25,18 +25,17 @@ from nsa.kernels.primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "head0"])
 @no_type_check
 def block_fwd_kernel(
     q_ptr, k_ptr, v_ptr, slots_ptr, starts_ptr, ends_ptr, item_lists_ptr, part_ptr, part_lse_ptr,
-    T, num_blocks, num_lists, t_base, chunk_tokens, scale,
+    T, num_blocks, num_lists, chunk, head0, t0, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     ITEM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One work item: a selection block against a run of the query rows that keep it."""
-    chunk = t_base // chunk_tokens
     starts_ptr += chunk * num_lists
     ends_ptr += chunk * num_lists
     item_lists_ptr += chunk * tl.num_programs(0)
@@ -44,57 +43,57 @@ def block_fwd_kernel(
         return
     R: tl.constexpr = H // J
     lst, _, _, lo, hi = find_item(item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM)
-    block, bj = lst % num_blocks, (lst // num_blocks).to(tl.int64)
+    block, bj = lst % num_blocks, (head0 + lst // num_blocks).to(tl.int64)
     b, j = bj // J, bj % J
     offs_s = block * LENGTH + tl.arange(0, KEYS)
     end = tl.minimum((block + 1) * LENGTH, T)
     key_rows = (b * T + offs_s) * G + j // (J // G)
     k = load_rows(k_ptr, key_rows, offs_s < end, D, BLOCK_D)  # [KEYS, BLOCK_D]
     v = load_rows(v_ptr, key_rows, offs_s < end, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
-    first_token = (b * T).to(tl.int32)
-    first_slot = ((b * (T - chunk_tokens) + t_base) * (J * N)).to(tl.int32)
+    token0 = (bj * T).to(tl.int32)  # as slots count
+    row0 = b * T * H + j * R
+    slot0 = (head0 * T + t0) * N  # the chunk's first
     for i0 in range(0, (hi - lo) * R, ROWS):
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < (hi - lo) * R
         i, r = div_mod(offs_i, R)
         slot = tl.load(slots_ptr + lo + i, mask=live, other=0)
-        token = div_mod(slot, J * N)[0]  # b * T + t
-        rows = token.to(tl.int64) * H + j * R + r
+        t = div_mod(slot, N)[0] - token0
+        rows = row0 + t * H + r  # t * H: no memory holds 2**31 rows of one sequence
         q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         seen = tl.broadcast_to((offs_s < end)[None, :], [ROWS, KEYS])
         if CAUSAL:
-            seen = seen & (offs_s[None, :] <= (token - first_token)[:, None])
+            seen = seen & (offs_s[None, :] <= t[:, None])
         s = tl.where(seen, s, float("-inf"))
         m = tl.max(s, 1) * (scale * LOG2E)
         p = tl.exp2(s * (scale * LOG2E) - finite(m)[:, None])
         norm = tl.sum(p, 1)
         norm = tl.where(norm > 0, norm, 1.0)  # a row that saw nothing: out 0, m and lse -inf
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        part = (slot - first_slot).to(tl.int64) * R + r
+        part = (slot - slot0).to(tl.int64) * R + r
         store_rows(part_ptr, part, live, out * (1.0 / norm)[:, None], DV, BLOCK_DV)
         tl.store(part_lse_ptr + part, m + tl.log2(norm), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["head0"])
 @no_type_check
 def merge_kernel(
-    part_ptr, part_lse_ptr, indices_ptr, out_ptr, lse_ptr, T, t_base, chunk_tokens,
+    part_ptr, part_lse_ptr, indices_ptr, out_ptr, lse_ptr, T, head0, t0, tokens,
     H: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS packed rows of one index head: their slots' partial outputs, weighted by lse."""
     R: tl.constexpr = H // J
-    tokens = tl.minimum(chunk_tokens, T - t_base)
     num_tiles = tl.cdiv(tokens * R, ROWS)
-    bj = (tl.program_id(0) // num_tiles).to(tl.int64)
+    bj = (head0 + tl.program_id(0) // num_tiles).to(tl.int64)
     b, j = bj // J, bj % J
     offs_i = tl.program_id(0) % num_tiles * ROWS + tl.arange(0, ROWS)
     live = offs_i < tokens * R
     i, r = div_mod(offs_i, R)
-    t = t_base + i
+    t = t0 + i
     slots = ((b * T + t) * J + j) * N
-    parts = ((b * chunk_tokens + i) * J + j) * N * R + r
+    parts = ((bj - head0) * T + i) * N * R + r
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
     for n in range(N):
@@ -129,13 +128,13 @@ def delta_kernel(
     tl.store(delta_ptr + rows, row_delta(out_ptr, dout, None, rows, live, DV, BLOCK_DV), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "head0"])
 @no_type_check
 def block_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     slots_ptr, starts_ptr, ends_ptr, item_lists_ptr, shared_ends_ptr,
     part_dq_ptr, part_dgate_ptr, part_dk_ptr, part_dv_ptr, dk_ptr, dv_ptr,
-    T, num_blocks, num_lists, t_base, chunk_tokens, scale,
+    T, num_blocks, num_lists, chunk, head0, t0, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
     GATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -143,9 +142,9 @@ def block_bwd_kernel(
 ):  # fmt: skip
     """One work item: dQ (and the gate's gradient) into its slots; dK and dV of its block.
 
-    A list of one item adds to dk and dv itself; the items of a longer one write partial sums.
+    A list of one item adds to dk and dv itself; the items of a longer one write partial sums. Where
+    a head's tokens are in one chunk, dk and dv were 0 and have the inputs' dtype.
     """
-    chunk = t_base // chunk_tokens
     starts_ptr += chunk * num_lists
     ends_ptr += chunk * num_lists
     shared_ends_ptr += chunk * num_lists
@@ -156,7 +155,7 @@ def block_bwd_kernel(
     lst, place, count, lo, hi = find_item(
         item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM
     )
-    block, bj = lst % num_blocks, (lst // num_blocks).to(tl.int64)
+    block, bj = lst % num_blocks, (head0 + lst // num_blocks).to(tl.int64)
     b, j = bj // J, bj % J
     offs_s = block * LENGTH + tl.arange(0, KEYS)
     end = tl.minimum((block + 1) * LENGTH, T)
@@ -165,15 +164,16 @@ def block_bwd_kernel(
     v = load_rows(v_ptr, key_rows, offs_s < end, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
-    first_token = (b * T).to(tl.int32)
-    first_slot = ((b * (T - chunk_tokens) + t_base) * (J * N)).to(tl.int32)
+    token0 = (bj * T).to(tl.int32)  # as slots count
+    row0 = b * T * H + j * R
+    slot0 = (head0 * T + t0) * N  # the chunk's first
     for i0 in range(0, (hi - lo) * R, ROWS):
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < (hi - lo) * R
         i, r = div_mod(offs_i, R)
         slot = tl.load(slots_ptr + lo + i, mask=live, other=0)
-        token = div_mod(slot, J * N)[0]
-        rows = token.to(tl.int64) * H + j * R + r
+        t = div_mod(slot, N)[0] - token0
+        rows = row0 + t * H + r  # t * H: no memory holds 2**31 rows of one sequence
         q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
         dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
         lse2 = load_lse2(lse_ptr, rows, live)
@@ -181,14 +181,14 @@ def block_bwd_kernel(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [KEYS, ROWS]
         seen = tl.broadcast_to((offs_s < end)[:, None], [KEYS, ROWS])
         if CAUSAL:
-            seen = seen & (offs_s[:, None] <= (token - first_token)[None, :])
+            seen = seen & (offs_s[:, None] <= t[None, :])
         p = tl.where(seen, tl.exp2(s - lse2[None, :]), 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * scale
-        part = (slot - first_slot).to(tl.int64) * R + r
+        part = (slot - slot0).to(tl.int64) * R + r
         store_rows(part_dq_ptr, part, live, dq, D, BLOCK_D)
         if GATES:  # a factor on the row's scores: its gradient is the sum of dS * S, or Q * dQ
             tl.store(part_dgate_ptr + part, tl.sum(q.to(tl.float32) * dq, 1), mask=live)
@@ -205,49 +205,48 @@ def block_bwd_kernel(
         store_rows(part_dv_ptr, part_rows, offs_s < end, dv, DV, BLOCK_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "head0"])
 @no_type_check
 def sum_items_kernel(
-    part_ptr, sum_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, t_base, chunk_tokens,
+    part_ptr, sum_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0,
     J: tl.constexpr, D: tl.constexpr, LENGTH: tl.constexpr,
     BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One list cut into several items: their partial dK (or dV), in order, onto its block's."""
     lst = tl.program_id(0)
-    ends_ptr += t_base // chunk_tokens * tl.num_programs(0)
-    shared_ends_ptr += t_base // chunk_tokens * tl.num_programs(0)
+    ends_ptr += chunk * tl.num_programs(0)
+    shared_ends_ptr += chunk * tl.num_programs(0)
     count = tl.load(ends_ptr + lst) - tl.load(ends_ptr + lst - 1, mask=lst > 0, other=0)
     if count <= 1:
         return
-    block, bj = lst % num_blocks, (lst // num_blocks).to(tl.int64)
+    block, bj = lst % num_blocks, (head0 + lst // num_blocks).to(tl.int64)
     keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     live = (keys < LENGTH) & (block * LENGTH + keys < T)
     rows = (bj // J * T + block * LENGTH + keys) * J + bj % J
-    acc = load_rows(sum_ptr, rows, live, D, BLOCK_D)
+    acc = load_rows(sum_ptr, rows, live, D, BLOCK_D).to(tl.float32)
     for place in range(count):
         part_block = (tl.load(shared_ends_ptr + lst) - count + place).to(tl.int64)
         acc += load_rows(part_ptr, part_block * LENGTH + keys, live, D, BLOCK_D)
     store_rows(sum_ptr, rows, live, acc, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["head0"])
 @no_type_check
 def sum_slots_kernel(
-    part_ptr, indices_ptr, dq_ptr, T, t_base, chunk_tokens,
+    part_ptr, indices_ptr, dq_ptr, T, head0, t0, tokens,
     H: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS packed rows of one index head: dQ is the sum over their slots."""
     R: tl.constexpr = H // J
-    tokens = tl.minimum(chunk_tokens, T - t_base)
     num_tiles = tl.cdiv(tokens * R, ROWS)
-    bj = (tl.program_id(0) // num_tiles).to(tl.int64)
+    bj = (head0 + tl.program_id(0) // num_tiles).to(tl.int64)
     b, j = bj // J, bj % J
     offs_i = tl.program_id(0) % num_tiles * ROWS + tl.arange(0, ROWS)
     live = offs_i < tokens * R
     i, r = div_mod(offs_i, R)
-    t = t_base + i
-    parts = ((b * chunk_tokens + i) * J + j) * N * R + r
+    t = t0 + i
+    parts = ((bj - head0) * T + i) * N * R + r
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for n in range(N):
         kept = tl.load(indices_ptr + ((b * T + t) * J + j) * N + n, mask=live, other=-1) >= 0

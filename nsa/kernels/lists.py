@@ -1,13 +1,15 @@
 """Who keeps which block: a bit for every block of a token, or a list of slots for every block.
 
-A slot (b, t, j, n) of block_indices names block block_indices[b, t, j, n]. Sorting the slots by
-block, stably, gives every block the list of its slots, in the order of their tokens. Long lists
-(block 0 is in everyone's) are cut into items of bounded length. All sizes follow from shapes, so
-nothing waits for the host.
+Slot ((b * J + j) * T + t) * N + n names block block_indices[b, t, j, n]: the slots of an index head
+(b, j) lie together. Sorting them by block, stably, gives every block of a head the list of its
+slots, in the order of their tokens. Slots are many, so they are taken in chunks: several heads
+whole, or a run of one head's tokens. Long lists (block 0 is in everyone's) are cut into items of
+bounded length. All sizes follow from shapes, so nothing waits for the host.
 """
 
 # pyright: reportCallIssue=false
 
+from collections.abc import Iterator
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -44,15 +46,16 @@ def membership_kernel(
 @triton.jit
 @no_type_check
 def list_key_kernel(
-    indices_ptr, keys_ptr, num_slots, T, num_blocks, batch, chunk_tokens, last,
+    indices_ptr, keys_ptr, num_slots, T, num_blocks, chunk_heads, chunk_tokens, last,
     J: tl.constexpr, N: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """SLOTS slots: the list each belongs to, ((chunk, b, j), block); `last` for empty ones."""
+    """SLOTS slots: the list each belongs to, (chunk, head, block); `last` for empty ones."""
     slot = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
-    block = tl.load(indices_ptr + slot, mask=slot < num_slots, other=-1)
-    token = slot // (J * N)
-    b, t, j = token // T, token % T, slot // N % J
-    key = (((t // chunk_tokens) * batch + b) * J + j) * num_blocks + block
+    bj, t = slot // N // T, slot // N % T
+    index = ((bj // J * T + t) * J + bj % J) * N + slot % N
+    block = tl.load(indices_ptr + index, mask=slot < num_slots, other=-1)
+    chunk = bj // chunk_heads * tl.cdiv(T, chunk_tokens) + t // chunk_tokens
+    key = (chunk * chunk_heads + bj % chunk_heads) * num_blocks + block
     tl.store(keys_ptr + slot, tl.where(block >= 0, key, last).to(tl.int32), mask=slot < num_slots)
 
 
@@ -100,17 +103,28 @@ def find_item(item_lists_ptr, ends_ptr, starts_ptr, item, ITEM: tl.constexpr):
 class Plan(NamedTuple):
     """How the block order cuts its work; a function of shapes alone."""
 
-    chunk_tokens: int
+    heads: int  # a chunk's index heads (b, j)
+    tokens: int  # and how many of their tokens: all, if there are several heads
     chunks: int
-    lists: int  # a chunk's: batch x index heads x selection blocks
+    lists: int  # a chunk's: index heads x selection blocks
     item: int  # slots of a work item, at most
     items: int  # a chunk's work items, at most
     shared: int  # of these, items of lists that have several, at most
 
 
+class Chunk(NamedTuple):
+    """Index heads first_head ... and their tokens first_token ..., as many as there are."""
+
+    number: int
+    first_head: int
+    heads: int
+    first_token: int
+    tokens: int
+
+
 def plan_work(q: Tensor, block_indices: Tensor, length: int, width: int) -> Plan:
     B, T, J, N = block_indices.shape
-    H = q.shape[2]
+    R = q.shape[2] // J
     if B * T * J * N >= 2**31:
         raise ValueError(
             f"{B} x {T} tokens x {J} heads x {N} selected blocks are 2**31 slots or more: "
@@ -118,24 +132,32 @@ def plan_work(q: Tensor, block_indices: Tensor, length: int, width: int) -> Plan
         )
     least, most = PARTIAL_BYTES
     budget = min(max(4 * q.numel() * q.element_size(), least), most)
-    fitting = max(64, budget // (B * H * N * width * q.element_size()))
-    chunks = cdiv(T, fitting)
-    chunk_tokens = cdiv(cdiv(T, chunks), 64) * 64
-    chunks = cdiv(T, chunk_tokens)
-    lists, slots = B * J * cdiv(T, length), B * min(chunk_tokens, T) * J * N
-    item = max(64, ITEM_ROWS * J // H)
-    return Plan(
-        chunk_tokens, chunks, lists, item, min(lists, slots) + slots // item, 2 * slots // item + 1
-    )
+    fitting = max(64, budget // (N * R * width * q.element_size()))  # tokens of an index head
+    heads = cdiv(B * J, cdiv(B * J, max(1, fitting // T)))
+    runs = cdiv(T, fitting)
+    tokens = T if runs == 1 else cdiv(cdiv(T, runs), 64) * 64
+    chunks = cdiv(B * J, heads) * cdiv(T, tokens)
+    lists, slots = heads * cdiv(T, length), heads * tokens * N
+    item = max(64, ITEM_ROWS // R)
+    items, shared = min(lists, slots) + slots // item, 2 * slots // item + 1
+    return Plan(heads, tokens, chunks, lists, item, items, shared)
+
+
+def chunks_of(plan: Plan, num_heads: int, num_tokens: int) -> Iterator[Chunk]:
+    runs = cdiv(num_tokens, plan.tokens)
+    for number in range(plan.chunks):
+        head, token = number // runs * plan.heads, number % runs * plan.tokens
+        heads, tokens = min(plan.heads, num_heads - head), min(plan.tokens, num_tokens - token)
+        yield Chunk(number, head, heads, token, tokens)
 
 
 def sort_slots(block_indices: Tensor, plan: Plan, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Slots [B*T*J*N] int32 in the order of their lists; where each list starts, int32."""
-    B, T, J, N = block_indices.shape
+    """Slots [B*J*T*N] int32 in the order of their lists; where each list starts, int32."""
+    _, T, J, N = block_indices.shape
     last = plan.chunks * plan.lists
     keys = torch.empty(block_indices.numel(), dtype=torch.int32, device=block_indices.device)
     list_key_kernel[(cdiv(keys.numel(), 1024),)](
-        block_indices, keys, keys.numel(), T, num_blocks, B, plan.chunk_tokens, last,
+        block_indices, keys, keys.numel(), T, num_blocks, plan.heads, plan.tokens, last,
         J=J, N=N, SLOTS=1024, num_warps=4,
     )  # fmt: skip
     keys, slots = torch.sort(keys, stable=True)
