@@ -197,6 +197,7 @@ def check_selected(case: Case, compare: Callable, x: dict[str, Tensor], lse: Ten
         (q, k, v, torch.ones(indices.shape, dtype=torch.float64, device=DEVICE)),
         "out dq dk dv dgates",
     )
+    compare_gated(case, compare, x, lse, indices)
     if case.T <= 1000:
         compare(
             "importance at blocks",
@@ -205,6 +206,33 @@ def check_selected(case: Case, compare: Callable, x: dict[str, Tensor], lse: Ten
             (q, k_cmp, lse.float().double()),
             "value dq dk dlse",
         )
+
+
+def compare_gated(
+    case: Case, compare: Callable, x: dict[str, Tensor], lse: Tensor, indices: Tensor
+) -> None:
+    """The three branches and their sum in one op; the compressed output's own rounding counts."""
+    cfg, gates = case.cfg, torch.rand(*x["q"].shape[:3], 3, dtype=torch.float64, device=DEVICE)
+
+    def op(gates, q, k_cmp, v_cmp, q_rot, *kv):
+        detached = (y.detach() for y in (q, k_cmp, v_cmp))
+        known = kernels.compressed_attention(*detached, cfg)
+        k_slc, v_slc, *window = kv
+        rotated = q_rot, k_slc, v_slc, indices, *window
+        return kernels.gated_attention(gates, q, k_cmp, v_cmp, *known, *rotated, cfg)
+
+    def oracle(gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win):
+        compressed, _ = reference.compressed_attention(q, k_cmp, v_cmp, cfg)
+        selected = reference.selected_attention(q_rot, k_slc, v_slc, indices, cfg)
+        sliding = reference.sliding_window_attention(q_rot, k_win, v_win, cfg)
+        return reference.combine(gates, compressed, selected, sliding)
+
+    q, k, v = x["q"], x["k"], x["v"]
+    inputs = gates, q, x["k_cmp"], x["v_cmp"], q.flip(1), k, v, k.flip(1), v.flip(1)
+    names = "out dgates dq dk_cmp dv_cmp dq_rot dk_slc dv_slc dk_win dv_win"
+    for name, tiles in (("gated, tiles", True), ("gated, blocks", False)):
+        with loop_order(tiles):
+            compare(name, op, oracle, inputs, names)
 
 
 def check_addresses() -> None:

@@ -144,6 +144,14 @@ def nsa(
     """NSA from projected heads to the gated sum; `backend` is any namespace of the ops."""
     k_raw, v_raw, k_slc, v_slc, k_win, v_win = kv
     k_cmp, v_cmp = pooled(k_raw, cfg), pooled(v_raw, cfg)
+    if getattr(backend, "gated_attention", None):
+        compressed, lse = backend.compressed_attention(
+            q.detach(), k_cmp.detach(), v_cmp.detach(), cfg
+        )
+        if indices is None:
+            indices = backend.select_blocks(q, k_cmp, lse, cfg)
+        rotated = q, k_slc, v_slc, indices, k_win, v_win
+        return backend.gated_attention(gates, q, k_cmp, v_cmp, compressed, lse, *rotated, cfg)
     compressed, lse = backend.compressed_attention(q, k_cmp, v_cmp, cfg)
     if indices is None:
         indices = backend.select_blocks(q, k_cmp, lse, cfg)

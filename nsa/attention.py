@@ -29,6 +29,22 @@ class Branches(NamedTuple):
     block_indices: Int[Tensor, "B T X N"]  # int32, -1 in empty slots; X is G, or H if not shared
 
 
+class Projected(NamedTuple):
+    """What `SparseAttention` computes its branches and their sum from."""
+
+    q: Float[Tensor, "B T H D"]
+    k_cmp: Float[Tensor, "B C G D"]
+    v_cmp: Float[Tensor, "B C G D"]
+    mem_k: Float[Tensor, "G Nm D"] | None
+    mem_v: Float[Tensor, "G Nm D"] | None
+    q_rot: Float[Tensor, "B T H D"]
+    k_slc: Float[Tensor, "B T G D"]
+    v_slc: Float[Tensor, "B T G D"]
+    k_win: Float[Tensor, "B T G D"]
+    v_win: Float[Tensor, "B T G D"]
+    gates: Float[Tensor, "B T H 3"]
+
+
 class SparseAttention(nn.Module):
     """Native Sparse Attention: compressed, selected and sliding-window attention, gated (eq. 5).
 
@@ -137,52 +153,75 @@ class SparseAttention(nn.Module):
             self.mem_v = nn.Parameter(torch.randn(groups, num_memories, width) * 0.02)
 
     def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        compressed, selected, sliding, gates, _ = self.branches(tokens)
-        out = ops.combine(gates, compressed, selected, sliding, backend=self.backend)
+        x = self._project(tokens)
+        if self.attends_at_once:
+            out = self._attend_at_once(x)
+        else:
+            compressed, selected, sliding, gates, _ = self._attend(x)
+            out = ops.combine(gates, compressed, selected, sliding, backend=self.backend)
         return self.to_out(out.flatten(-2))
+
+    @property
+    def attends_at_once(self) -> bool:
+        """Whether the backend has one op for the branches of such a layer and their sum."""
+        plain = self.compressed_output and self.cfg.num_selected_blocks and not self.use_diff_topk
+        return bool(plain) and ops.BACKENDS[self.backend].gated_attention is not None
 
     def branches(self, tokens: Float[Tensor, "B T M"]) -> Branches:
         """The outputs of the three branches, their gates and the selected blocks."""
+        return self._attend(self._project(tokens))
+
+    def _project(self, tokens: Float[Tensor, "B T M"]) -> Projected:
         tokens = self.norm(tokens)
         q = self.to_q(tokens).unflatten(-1, (self.heads, self.dim_head))
         kv = self.to_kv(tokens).unflatten(-1, (-1, self.kv_heads, self.dim_head)).unbind(2)
         k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (kv[i] for i in self.kv_layout)
         angles = rotary_angles(q.shape[1], self.dim_head, base=self.rope_base, device=q.device)
-        q_rot = ops.rotate(q, angles, backend=self.backend)
-
+        q_rot, k_slc, k_win = (
+            ops.rotate(x, angles, backend=self.backend) for x in (q, k_slc, k_win)
+        )
         # Blocks are compressed, and scored, before rotation: a mean of turned keys is no key.
         k_cmp = self.compress_k(k_cmp)
-        compressed, lse = self._attend_compressed(q, k_cmp, v_cmp)
+        # Where only the lse counts, values do not matter.
+        v_cmp = k_cmp if self.compress_v is None else self.compress_v(v_cmp)
+        mem_k, mem_v = (None if mem is None else mem.to(q) for mem in (self.mem_k, self.mem_v))
+        gates = _split_gates(self.to_gates(tokens), self.heads).sigmoid()
+        return Projected(q, k_cmp, v_cmp, mem_k, mem_v, q_rot, k_slc, v_slc, k_win, v_win, gates)
+
+    def _attend_at_once(self, x: Projected) -> Float[Tensor, "B T H D"]:
+        """The gated sum from one op that has the gradients of all branches."""
+        q, k_cmp, v_cmp = x.q.detach(), x.k_cmp.detach(), x.v_cmp.detach()
+        memory = (None if mem is None else mem.detach() for mem in (x.mem_k, x.mem_v))
+        compressed, lse = ops.compressed_attention(
+            q, k_cmp, v_cmp, self.cfg, *memory, backend=self.backend
+        )
         block_indices = ops.select_blocks(
             q, k_cmp, lse, self.cfg, self.shared_selection, backend=self.backend
         )
-        if self.cfg.num_selected_blocks:
-            k_slc = ops.rotate(k_slc, angles, backend=self.backend)
-            block_gates = self._block_gates(q, k_cmp, lse, block_indices)
-            selected = ops.selected_attention(
-                q_rot, k_slc, v_slc, block_indices, self.cfg, block_gates, backend=self.backend
-            )
-        else:
-            selected = torch.zeros_like(q)
-        k_win = ops.rotate(k_win, angles, backend=self.backend)
-        sliding = ops.sliding_window_attention(q_rot, k_win, v_win, self.cfg, backend=self.backend)
-        gates = _split_gates(self.to_gates(tokens), self.heads).sigmoid()
-        return Branches(compressed, selected, sliding, gates, block_indices)
+        return ops.gated_attention(
+            x.gates, x.q, x.k_cmp, x.v_cmp, compressed, lse,
+            x.q_rot, x.k_slc, x.v_slc, block_indices, x.k_win, x.v_win,
+            self.cfg, x.mem_k, x.mem_v, backend=self.backend,
+        )  # fmt: skip
 
-    def _attend_compressed(
-        self,
-        q: Float[Tensor, "B T H D"],
-        k_cmp: Float[Tensor, "B C G D"],
-        v: Float[Tensor, "B T G D"],
-    ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T H"]]:
-        """The compressed branch, and the lse that selection starts from."""
-        if self.compress_v is None:  # only the lse counts, and that does not depend on values
-            _, lse = ops.compressed_attention(q, k_cmp, k_cmp, self.cfg, backend=self.backend)
-            return torch.zeros_like(q), lse
-        mem_k, mem_v = (None if mem is None else mem.to(q) for mem in (self.mem_k, self.mem_v))
-        return ops.compressed_attention(
-            q, k_cmp, self.compress_v(v), self.cfg, mem_k, mem_v, backend=self.backend
+    def _attend(self, x: Projected) -> Branches:
+        cfg, backend = self.cfg, self.backend
+        compressed, lse = ops.compressed_attention(
+            x.q, x.k_cmp, x.v_cmp, cfg, x.mem_k, x.mem_v, backend=backend
         )
+        if not self.compressed_output:
+            compressed = torch.zeros_like(x.q)
+        block_indices = ops.select_blocks(
+            x.q, x.k_cmp, lse, cfg, self.shared_selection, backend=backend
+        )
+        selected = torch.zeros_like(x.q)
+        if cfg.num_selected_blocks:
+            block_gates = self._block_gates(x.q, x.k_cmp, lse, block_indices)
+            selected = ops.selected_attention(
+                x.q_rot, x.k_slc, x.v_slc, block_indices, cfg, block_gates, backend=backend
+            )
+        sliding = ops.sliding_window_attention(x.q_rot, x.k_win, x.v_win, cfg, backend=backend)
+        return Branches(compressed, selected, sliding, x.gates, block_indices)
 
     def _block_gates(
         self,

@@ -29,6 +29,7 @@ class Backend:
     sliding_window_attention: Callable[..., Tensor]
     combine: Callable[..., Tensor]
     rotate: Callable[..., Tensor]
+    gated_attention: Callable[..., Tensor] | None = None  # the branches and their sum, if in one op
     lacks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -64,6 +65,7 @@ if find_spec("triton"):
         sliding_window_attention=kernels.sliding_window_attention,
         combine=kernels.combine,
         rotate=kernels.rotate,
+        gated_attention=kernels.gated_attention,
     )
 
 
@@ -210,6 +212,42 @@ def combine(
     _check_shape("selected", selected, tuple(compressed.shape))
     _check_shape("sliding", sliding, tuple(compressed.shape))
     return _chosen(backend, gates).combine(gates, compressed, selected, sliding)
+
+
+def gated_attention(
+    gates: Float[Tensor, "B T H 3"],
+    q: Float[Tensor, "B T H D"],
+    k_cmp: Float[Tensor, "B C G D"],
+    v_cmp: Float[Tensor, "B C G Dv"],
+    compressed: Float[Tensor, "B T H Dv"],
+    lse: Float[Tensor, "B T H"],
+    q_rot: Float[Tensor, "B T H D"],
+    k_slc: Float[Tensor, "B T G D"],
+    v_slc: Float[Tensor, "B T G Dv"],
+    block_indices: Int[Tensor, "B T X N"],
+    k_win: Float[Tensor, "B T G D"],
+    v_win: Float[Tensor, "B T G Dv"],
+    cfg: NSAConfig,
+    mem_k: Float[Tensor, "G Nm D"] | None = None,
+    mem_v: Float[Tensor, "G Nm Dv"] | None = None,
+    *,
+    backend: str,
+) -> Float[Tensor, "B T H Dv"]:
+    """See `kernels.gated_attention`; a backend may lack it."""
+    attend = _chosen(backend, q).gated_attention
+    if attend is None:
+        raise ValueError(f"backend={backend!r} has no gated_attention: use its ops one by one")
+    _check_queries_keys(q, k_cmp, v_cmp)
+    _check_num_compressed(q, k_cmp, cfg)
+    for k, v in ((k_slc, v_slc), (k_win, v_win)):
+        _check_queries_keys(q_rot, k, v)
+        _check_num_keys(q, k)
+    _check_indices(block_indices, q, k_slc)
+    _check_shape("gates", gates, (*q.shape[:3], 3))
+    _check_shape("compressed", compressed, (*q.shape[:3], v_cmp.shape[3]))
+    _check_shape("lse", lse, tuple(q.shape[:3]))
+    rotated = q_rot, k_slc, v_slc, block_indices, k_win, v_win
+    return attend(gates, q, k_cmp, v_cmp, compressed, lse, *rotated, cfg, mem_k, mem_v)
 
 
 def rotate(

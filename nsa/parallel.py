@@ -32,7 +32,7 @@ PRODUCTS = [
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
-    *own("attend", "attend_blocks", "gathered_importance", "membership"),
+    *own("attend", "attend_blocks", "attend_gated", "gathered_importance", "membership"),
 ]
 KEPT = {"none": None, "full": CHOICES, "selective": CHOICES + PRODUCTS}
 

@@ -13,13 +13,13 @@ def test_ops_and_launches_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer are welcome: then lower the numbers here. torch_kernels are those of a CPU."""
     monkeypatch.undo()  # memory that tests poison is an op more for every allocation
     forward, backward = map(host_overhead.counts, host_overhead.counted(NARROW, autocast=False))
-    most = Counts(launches=9, custom_ops=9, torch_kernels=29, torch_calls=220)
+    most = Counts(launches=9, custom_ops=10, torch_kernels=30, torch_calls=228)
     assert all(n <= limit for n, limit in zip(forward, most, strict=True)), forward
-    most = Counts(launches=10, custom_ops=7, torch_kernels=52, torch_calls=324)
+    most = Counts(launches=10, custom_ops=4, torch_kernels=51, torch_calls=323)
     assert all(n <= limit for n, limit in zip(backward, most, strict=True)), backward
 
 
-@pytest.mark.parametrize(("heads", "most"), [("8/4", 0.96), ("16/16", 4.31)])
+@pytest.mark.parametrize(("heads", "most"), [("8/4", 0.78), ("16/16", 4.02)])
 def test_the_peak_at_64k_does_not_grow(heads, most, monkeypatch: pytest.MonkeyPatch) -> None:
     """In GiB, as predicted from a sixteenth of the tokens: the selected branch's backward pass."""
     monkeypatch.undo()

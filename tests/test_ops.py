@@ -94,6 +94,10 @@ def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         "sliding_window_attention": (Q, K, K, CFG),
         "combine": (torch.ones(2, 9, 4, 3), Q, Q, Q),
         "rotate": (Q, ANGLES),
+        "gated_attention": (
+            *(torch.ones(2, 9, 4, 3), Q, K_CMP, K_CMP, Q, LSE, Q, K, K, INDICES, K, K),
+            *(CFG, None, None),
+        ),
     }
     assert list(calls) == names
     for name, args in calls.items():

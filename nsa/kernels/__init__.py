@@ -6,6 +6,7 @@ interpreter (TRITON_INTERPRET=1, float32).
 
 from nsa.kernels.combine import combine
 from nsa.kernels.compressed import compressed_attention
+from nsa.kernels.gated import gated_attention
 from nsa.kernels.gathered import selected_importance
 from nsa.kernels.importance import select_blocks
 from nsa.kernels.rotary import rotate
@@ -15,6 +16,7 @@ from nsa.kernels.window import sliding_window_attention
 __all__ = [
     "combine",
     "compressed_attention",
+    "gated_attention",
     "rotate",
     "select_blocks",
     "selected_attention",

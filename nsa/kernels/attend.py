@@ -2,7 +2,7 @@
 
 # pyright: reportCallIssue=false
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -81,36 +81,57 @@ def attend_backward(
     memory: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; no dlse stands for zeros."""
+    return gradients(q, k, v, words, lse, dout, (rule, causal, span, stride, memory), out, dlse)
+
+
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor | None,
+    lse: Tensor,
+    dout: Tensor,
+    rule: tuple[str, bool, int, int, int],
+    out: Tensor | None = None,
+    dlse: Tensor | None = None,
+    *,
+    delta: Tensor | None = None,
+    onto: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; delta is that of out and dlse where it is not given, and dq is added `onto`."""
     (B, T, H, D), (_, S, G, DV) = q.shape, v.shape
     J = G if words is None else words.shape[1]
     scalars = T, S, num_words(words)
+    name, causal, span, stride, memory = rule
     constants = sizes(H, G, J, D, DV) | dict(
-        RULE=rule, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory, PRECISION=precision()
+        RULE=name, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory, PRECISION=precision()
     )
 
-    def launch_dq(tile: Tile) -> tuple[Tensor, Tensor]:
-        dq, delta = torch.empty_like(q), torch.empty_like(lse)
+    def launch_dq(tile: Tile, onto: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        dq = torch.empty_like(q) if onto is None else onto
+        row_delta = torch.empty_like(lse) if delta is None else delta
         attend_dq_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
-            q, k, v, words, out, dout, lse, dlse, delta, dq, *scalars, D**-0.5, **constants,
-            ROWS=tile.rows, KEYS=key_tile(tile.keys, rule, span),
+            q, k, v, words, out, dout, lse, dlse, row_delta, dq, *scalars, D**-0.5, **constants,
+            ROWS=tile.rows, KEYS=key_tile(tile.keys, name, span), ADD=onto is not None,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return dq, delta
+        return dq, row_delta
 
     def launch_dkv(tile: Tile) -> tuple[Tensor, Tensor]:
-        keys = key_tile(tile.keys, rule, span)
+        keys = key_tile(tile.keys, name, span)
         programs = cdiv(S, keys) * B * J
-        splits = num_splits(programs, rule, q.device)
+        splits = num_splits(programs, name, q.device)
         dk, dv = (partial_like(x, splits, J) for x in (k, v))
         attend_dkv_kernel[(programs * splits,)](
-            q, k, v, words, dout, lse, delta, dk, dv, *scalars, B, splits, D**-0.5, **constants,
+            q, k, v, words, dout, lse, row_delta, dk, dv, *scalars, B, splits, D**-0.5, **constants,
             ROWS=tile.rows, KEYS=keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return summed(dk, k), summed(dv, v)
 
     with torch.cuda.device_of(q):
-        dq, delta = with_tile(problem("attend_dq", q, v, J, rule), launch_dq)
-        dk, dv = with_tile(problem("attend_dkv", q, v, J, rule), launch_dkv)
+        of_dq = problem("attend_dq", q, v, J, name)
+        dq, row_delta = with_tile(of_dq, launch_dq, partial(launch_dq, onto=onto))
+        dk, dv = with_tile(problem("attend_dkv", q, v, J, name), launch_dkv)
     return dq, dk, dv
 
 

@@ -83,11 +83,34 @@ def attend_blocks_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the gates' gradient [B, T, J, N] (of no elements if not gated)."""
+    delta, DV = torch.empty_like(lse), v.shape[3]
+    with torch.cuda.device_of(q):
+        delta_kernel[(cdiv(lse.numel(), 32),)](
+            out, dout, delta, lse.numel(), DV=DV, BLOCK_DV=padded(DV), ROWS=32, num_warps=4
+        )
+    of_out = lse, delta, slots, starts, dout
+    return block_gradients(q, k, v, block_indices, *of_out, gated, length, causal)
+
+
+def block_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    dout: Tensor,
+    gated: bool,
+    length: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What attend_blocks_backward returns, of rows whose delta is known."""
     (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
     num_blocks, R, device = cdiv(T, length), H // J, q.device
     plan = plan_work(q, block_indices, length, max(D, DV))
     constants = sizes(q, v, block_indices, plan, length, causal)
-    delta = torch.empty_like(lse)
 
     def new(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.float32, device=device)
@@ -123,9 +146,6 @@ def attend_blocks_backward(
         return dq, by_key_head(dk, k), by_key_head(dv, v), dgates
 
     with torch.cuda.device_of(q):
-        delta_kernel[(cdiv(lse.numel(), 32),)](
-            out, dout, delta, lse.numel(), DV=DV, BLOCK_DV=padded(DV), ROWS=32, num_warps=4
-        )
         ends, item_lists, shared_ends = cut_items(starts, plan)
         dq, dk, dv, dgates = with_tile(problem("block_bwd", q, v, J, length), launch)
     if not gated:

@@ -24,9 +24,14 @@ UNFIT = (  # what a tile too large for a GPU raises
 )
 
 
-def with_tile(problem: Problem, launch: Callable[[Tile], Result]) -> Result:
-    """launch(tile), which may be called several times: it allocates what it writes."""
-    return launch(choose(problem, launch))
+def with_tile(
+    problem: Problem, launch: Callable[[Tile], Result], then: Callable[[Tile], Result] | None = None
+) -> Result:
+    """launch(tile), which may be called several times: it allocates what it writes.
+
+    `then` is called once, in its stead, where the result goes onto something that is there.
+    """
+    return (then or launch)(choose(problem, launch))
 
 
 def from_table(problem: Problem, launch: Callable[[Tile], object]) -> Tile:

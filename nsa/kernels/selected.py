@@ -40,6 +40,22 @@ def split_blocks(
     return fine.flatten(-2), length // parts
 
 
+def in_order(
+    block_indices: Tensor, q: Tensor, v: Tensor, cfg: NSAConfig, *, gated: bool = False
+) -> tuple[bool, Tensor, int]:
+    """Whether to pass over tiles; the indices, and the length of a block, that the order takes."""
+    indices, length = block_indices.int().contiguous(), cfg.selection_block_size
+    if indices.shape[-1] == 0 or (not gated and prefers_tiles(q.shape[1], cfg)):
+        return True, indices, length
+    longest = longest_block(q.dtype, q.shape[3], v.shape[3])
+    return False, *split_blocks(indices, length, longest, q.shape[1])
+
+
+def num_words_of(k: Tensor, length: int) -> int:
+    """Words of 32 bits that hold one for each selection block of k [B, T, G, D]."""
+    return cdiv(cdiv(k.shape[1], length), 32)
+
+
 def prefers_tiles(num_tokens: int, cfg: NSAConfig) -> bool:
     """Whether a tile's queries keep so much of what they see that passing over all of it is best.
 
@@ -63,13 +79,10 @@ def selected_attention(
     gradient of a factor on the scores of their block's tokens.
     """
     q, k, v = operands(q, k, v)
-    num_tokens, length = q.shape[1], cfg.selection_block_size
-    block_indices = block_indices.int().contiguous()
-    if block_indices.shape[-1] == 0 or (block_gates is None and prefers_tiles(num_tokens, cfg)):
-        words = membership(block_indices, cdiv(cdiv(num_tokens, length), 32))
+    tiles, indices, length = in_order(block_indices, q, v, cfg, gated=block_gates is not None)
+    if tiles:
+        words = membership(indices, num_words_of(k, length))
         return attend(q, k, v, words, "bits", cfg.causal, length, 1, 0)[0]
-    longest = longest_block(q.dtype, q.shape[3], v.shape[3])
-    fine, part = split_blocks(block_indices, length, longest, num_tokens)
     if block_gates is not None:
-        block_gates = block_gates.repeat_interleave(length // part, dim=-1)
-    return attend_blocks(q, k, v, fine, block_gates, part, cfg.causal)[0]
+        block_gates = block_gates.repeat_interleave(cfg.selection_block_size // length, dim=-1)
+    return attend_blocks(q, k, v, indices, block_gates, length, cfg.causal)[0]

@@ -148,11 +148,12 @@ def attend_dq_kernel(
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The query gradient of ROWS packed rows: the forward's pass again, with dS for P.
 
-    Also their delta, which attend_dkv_kernel reads.
+    Also their delta, which attend_dkv_kernel reads, unless it is known: then out is None. With ADD
+    the gradient goes onto what dq holds.
     """
     R: tl.constexpr = H // J
     num_tiles = tl.cdiv(T * R, ROWS)
@@ -168,8 +169,11 @@ def attend_dq_kernel(
     q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
     dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
     lse2 = load_lse2(lse_ptr, rows, live)
-    delta = row_delta(out_ptr, dout, dlse_ptr, rows, live, DV, BLOCK_DV)
-    tl.store(delta_ptr + rows, delta, mask=live)
+    if out_ptr is None:
+        delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
+    else:
+        delta = row_delta(out_ptr, dout, dlse_ptr, rows, live, DV, BLOCK_DV)
+        tl.store(delta_ptr + rows, delta, mask=live)
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
     first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
@@ -193,7 +197,10 @@ def attend_dq_kernel(
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    store_rows(dq_ptr, rows, live, dq * scale, D, BLOCK_D)
+    dq *= scale
+    if ADD:
+        dq += load_rows(dq_ptr, rows, live, D, BLOCK_D).to(tl.float32)
+    store_rows(dq_ptr, rows, live, dq, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_words", "batch", "splits"])
@@ -212,10 +219,9 @@ def attend_dkv_kernel(
     dk and dv are [splits, B, num_keys, J, D]; whoever launches this sums them in a fixed order.
     """
     R: tl.constexpr = H // J
-    num_tiles = tl.cdiv(num_keys, KEYS)
     split = tl.program_id(0) % splits
-    tile = tl.program_id(0) // splits % num_tiles
-    bj = (tl.program_id(0) // splits // num_tiles).to(tl.int64)
+    tile = tl.program_id(0) // splits // (batch * J)  # the first keys, seen by most, first
+    bj = (tl.program_id(0) // splits % (batch * J)).to(tl.int64)
     b, j = bj // J, bj % J
     g = j // (J // G)
 

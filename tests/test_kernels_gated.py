@@ -1,0 +1,64 @@
+"""The three branches and their gated sum in one op, against the reference's ops one by one."""
+
+import pytest
+import torch
+from kernels_judge import DEVICE, assert_no_worse, heads, random
+
+from nsa import blocks, kernels, ops, reference
+from nsa.config import NSAConfig
+from nsa.kernels import selected
+
+
+def config(length: int = 16, n: int = 3, **changes) -> NSAConfig:
+    return NSAConfig(
+        sliding_window_size=11, compress_block_size=8, compress_block_sliding_stride=4,
+        selection_block_size=length, num_selected_blocks=n, **changes,
+    )  # fmt: skip
+
+
+CASES = {  # B, T, H, G, D, Dv, index heads, memories, config
+    "one token": (1, 1, 2, 1, 16, 16, 1, 0, config()),
+    "R 2, memories": (2, 50, 4, 2, 16, 16, 2, 2, config()),
+    "R 3, Dv 32": (1, 70, 3, 1, 24, 32, 1, 0, config()),
+    "R 4, each head its own": (1, 70, 4, 1, 16, 16, 4, 0, config()),
+    "acausal": (1, 45, 2, 2, 16, 16, 2, 0, config(causal=False)),
+}
+
+
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "blocks"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_it_is_the_sum_of_the_branches(case, tiles, monkeypatch):
+    B, T, H, G, D, Dv, index_heads, memories, cfg = case
+    monkeypatch.setattr(selected, "prefers_tiles", lambda num_tokens, cfg: tiles)
+    q, k_slc, v_slc = heads(B, T, T, H, G, D, Dv)
+    q_rot, k_win, v_win = heads(B, T, T, H, G, D, Dv)
+    _, k_cmp, v_cmp = heads(B, T, blocks.num_compress_blocks(T, cfg), H, G, D, Dv)
+    memory = (random(G, memories, D), random(G, memories, Dv)) if memories else ()
+    gates = torch.rand(B, T, H, 3, dtype=torch.float64, device=DEVICE)
+    gates[:, ::7, 0, 1] = 0.0  # a gate that is shut
+    scores = torch.rand(B, T, index_heads, blocks.num_selection_blocks(T, cfg), device=DEVICE)
+    indices = reference.top_blocks(scores, cfg)
+
+    def op(gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win, *memory):
+        detached = (x.detach() for x in (q, k_cmp, v_cmp))
+        known = kernels.compressed_attention(*detached, cfg, *(x.detach() for x in memory))
+        rotated = q_rot, k_slc, v_slc, indices, k_win, v_win
+        return kernels.gated_attention(gates, q, k_cmp, v_cmp, *known, *rotated, cfg, *memory)
+
+    def oracle(gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win, *memory):
+        compressed, _ = reference.compressed_attention(q, k_cmp, v_cmp, cfg, *memory)
+        chosen = reference.selected_attention(q_rot, k_slc, v_slc, indices, cfg)
+        sliding = reference.sliding_window_attention(q_rot, k_win, v_win, cfg)
+        return reference.combine(gates, compressed, chosen, sliding)
+
+    inputs = gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win, *memory
+    assert_no_worse(op, oracle, *inputs, repeat=True)
+
+
+def test_a_backend_without_it_says_so():
+    x, gates, lse = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 3), torch.zeros(1, 1, 1)
+    indices = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="has no gated_attention"):
+        ops.gated_attention(
+            gates, x, x, x, x, lse, x, x, x, indices, x, x, config(), backend="reference"
+        )
