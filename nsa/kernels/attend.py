@@ -19,7 +19,8 @@ from nsa.kernels.primitives import (
 from nsa.kernels.tile_sizes import Problem, Tile
 from nsa.kernels.tiles import attend_dkv_kernel, attend_dq_kernel, attend_fwd_kernel
 
-MAX_SPLITS = 16  # partial dK/dV a key tile may be cut into
+MAX_SPLITS = 16  # runs of tokens, each with a partial dK and dV
+RUN_ROWS = 2**15  # query rows of a run, about: few enough for the key tiles to keep pace
 
 
 @lru_cache
@@ -120,7 +121,7 @@ def gradients(
     def launch_dkv(tile: Tile) -> tuple[Tensor, Tensor]:
         keys = key_tile(tile.keys, name, span)
         programs = cdiv(S, keys) * B * J
-        splits = num_splits(programs, name, q.device)
+        splits = num_splits(programs, T * H // J, name, q.device)
         dk, dv = (partial_like(x, splits, J) for x in (k, v))
         attend_dkv_kernel[(programs * splits,)](
             q, k, v, words, dout, lse, row_delta, dk, dv, *scalars, B, splits, D**-0.5, **constants,
@@ -151,12 +152,12 @@ def key_tile(keys: int, rule: str, span: int) -> int:
     return keys
 
 
-def num_splits(programs: int, rule: str, device: torch.device) -> int:
-    """Runs of query rows per key tile: enough programs for the GPU; a band is short already."""
+def num_splits(programs: int, rows: int, rule: str, device: torch.device) -> int:
+    """Runs that a head's query rows are cut into; of a band each key tile sees few already."""
     if rule == "band" or programs == 0:
         return 1
-    wanted = cdiv(4 * num_multiprocessors(device), programs)
-    return min(MAX_SPLITS, power_of_2(wanted))
+    enough = cdiv(4 * num_multiprocessors(device), programs)  # programs for the GPU
+    return min(MAX_SPLITS, power_of_2(max(enough, cdiv(rows, RUN_ROWS))))
 
 
 def partial_like(x: Tensor, splits: int, index_heads: int) -> Tensor:

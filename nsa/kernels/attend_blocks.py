@@ -132,9 +132,9 @@ def block_gradients(
                 ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             for part, total, W in ((part_dk, dk, D), (part_dv, dv, DV)):
-                sum_items_kernel[(plan.lists, cdiv(length, 16))](
+                sum_items_kernel[(plan.lists, cdiv(length, 8))](
                     part, total, ends, shared_ends, T, num_blocks, chunk.number, chunk.first_head,
-                    J=J, D=W, LENGTH=length, BLOCK_D=padded(W), KEYS=16, num_warps=4,
+                    J=J, D=W, LENGTH=length, BLOCK_D=padded(W), KEYS=8, ITEMS=8, num_warps=4,
                 )  # fmt: skip
             sum_slots_kernel[(cdiv(chunk.tokens * R, 32) * chunk.heads,)](
                 part_dq, block_indices, dq, T, chunk.first_head, chunk.first_token, chunk.tokens,

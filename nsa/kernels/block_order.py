@@ -210,9 +210,9 @@ def block_bwd_kernel(
 def sum_items_kernel(
     part_ptr, sum_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0,
     J: tl.constexpr, D: tl.constexpr, LENGTH: tl.constexpr,
-    BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """One list cut into several items: their partial dK (or dV), in order, onto its block's."""
+    """One list of several items: their partial dK (or dV), ITEMS at a time, onto its block's."""
     lst = tl.program_id(0)
     ends_ptr += chunk * tl.num_programs(0)
     shared_ends_ptr += chunk * tl.num_programs(0)
@@ -224,9 +224,14 @@ def sum_items_kernel(
     live = (keys < LENGTH) & (block * LENGTH + keys < T)
     rows = (bj // J * T + block * LENGTH + keys) * J + bj % J
     acc = load_rows(sum_ptr, rows, live, D, BLOCK_D).to(tl.float32)
-    for place in range(count):
-        part_block = (tl.load(shared_ends_ptr + lst) - count + place).to(tl.int64)
-        acc += load_rows(part_ptr, part_block * LENGTH + keys, live, D, BLOCK_D)
+    first = (tl.load(shared_ends_ptr + lst) - count).to(tl.int64)
+    offs = tl.arange(0, ITEMS * KEYS)
+    key = tl.program_id(1) * KEYS + offs % KEYS
+    for i0 in range(0, count, ITEMS):
+        item = i0 + offs // KEYS
+        live_part = (item < count) & (key < LENGTH) & (block * LENGTH + key < T)
+        part = load_rows(part_ptr, (first + item) * LENGTH + key, live_part, D, BLOCK_D)
+        acc += tl.sum(tl.reshape(part, [ITEMS, KEYS, BLOCK_D]), 0)
     store_rows(sum_ptr, rows, live, acc, D, BLOCK_D)
 
 

@@ -214,14 +214,17 @@ def attend_dkv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of KEYS keys from one of `splits` runs of the query rows that see them.
+    """The gradients of KEYS keys from one of `splits` runs of tokens.
 
-    dk and dv are [splits, B, num_keys, J, D]; whoever launches this sums them in a fixed order.
+    dk and dv are [splits, B, num_keys, J, D]; whoever launches this sums them in a fixed order. The
+    tiles of a run follow one another, so they pass over the same rows at the same time: from L2.
     """
     R: tl.constexpr = H // J
-    split = tl.program_id(0) % splits
-    tile = tl.program_id(0) // splits // (batch * J)  # the first keys, seen by most, first
-    bj = (tl.program_id(0) // splits % (batch * J)).to(tl.int64)
+    num_tiles = tl.cdiv(num_keys, KEYS)
+    tile = tl.program_id(0) % num_tiles
+    bj = (tl.program_id(0) // num_tiles % (batch * J)).to(tl.int64)
+    # The last run first: most key tiles have work in it.
+    split = splits - 1 - tl.program_id(0) // num_tiles // (batch * J)
     b, j = bj // J, bj % J
     g = j // (J // G)
 
@@ -233,9 +236,9 @@ def attend_dkv_kernel(
     v = load_rows(v_ptr, key_rows, live_s, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
     t_lo, t_hi = seeing_tokens(s0, s_hi, T, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    run = tl.cdiv(tl.cdiv(tl.maximum(t_hi - t_lo, 0) * R, ROWS), splits) * ROWS
-    i_lo = t_lo * R + split * run
-    i_hi = tl.minimum(i_lo + run, t_hi * R)
+    run = tl.cdiv(T, splits)
+    i_lo = tl.maximum(t_lo, split * run) * R
+    i_hi = tl.minimum(t_hi, (split + 1) * run) * R
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
