@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from test_train import (
+    ADAMW,
     MODEL,
     ROOT,
     Counting,
@@ -194,7 +195,8 @@ def learned_on_a_gpu(folder: Path, compile: bool | str, dropout: float) -> list[
     torch.compiler.reset()
     torch.manual_seed(0)
     options: Any = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "max_steps": 6}
-    module = make_module(model=MODEL | WIDE | {"dropout": dropout}, compile=compile)
+    model, optimizer = MODEL | WIDE | {"dropout": dropout}, ADAMW | {"lr": 3e-3}
+    module = make_module(model=model, optimizer=optimizer, compile=compile)
     steps = trained(folder, module, Wide(2), gradient_clip_val=1.0, **options)
     return [*steps.figures, float(module.trainer.callback_metrics["val/loss"])]
 
