@@ -231,7 +231,7 @@ def check_same_run(
         ValueError: naming every value that differs.
     """
     stored = checkpoint["hyper_parameters"]
-    free = {"model.name", "model.dropout", "model.attention.backend", "optimizer.fused"}
+    free = {"model.name", "model.dropout", "model.attention.backend"}
     before = {k: v for part in ("model", "optimizer") for k, v in flatten(stored[part], part)}
     now = {k: v for part in ("model", "optimizer") for k, v in flatten(settings[part], part)}
     changed = [k for k in before | now if k not in free and before.get(k) != now.get(k)]

@@ -1,8 +1,9 @@
 """Speed and memory of a training step: `python -m benchmarks.train_step --help`.
 
 The twins nsa, dense and window of conf/model, by length at a constant number of tokens a step, on
-each backend, compiled (block by block, as train.py does with compile=true) or not. `example` is the
-model that native-sparse-attention-pytorch trains in its own example: 8192 tokens a step.
+each backend: as it is, `compiled` (block by block, as train.py does with compile=true), or as CUDA
+`graphs` (compile=reduce-overhead). `example` is the model that native-sparse-attention-pytorch
+trains in its own example: 8192 tokens a step.
 
 A step is forward, backward, clipping and a fused AdamW, in bf16 autocast on a GPU. `gpu_busy` is
 the share of it in which the GPU works; the rest waits for the host. Rows go to results.csv.
@@ -11,6 +12,7 @@ the share of it in which the GPU works; the rest waits for the host. Rows go to 
 import argparse
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import nn
 from benchmarks import measure, workers
 from benchmarks.workers import Assignment, Job, Row, Unavailable, attempt
 from callbacks.throughput import peak_flops_of
-from nsa import ops
+from nsa import cuda_graphs, ops, parallel
 from nsa.attention import SparseAttention, WindowAttention
 from nsa.lightning_module import adamw, total_nats
 from nsa.transformer import Transformer
@@ -41,6 +43,7 @@ EXAMPLE = (  # what differs from nsa_small
     "attention.selection_block_size=16",
     "attention.num_selected_blocks=4",
 )
+COMPILE = {"compiled": True, "graphs": cuda_graphs.MODE}  # how a job's name ends: train.py's option
 BACKENDS_AT_MOST = {"reference": 4096}  # tokens: its memory grows with T x T
 
 
@@ -55,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=powers, help="of one sequence")
     parser.add_argument(
         "--compiled-tokens", type=int, nargs="*", default=[1024, 16384, 32768, 65536],
-        help="of these also the compiled model",
+        help="of these also the compiled model, and CUDA graphs of it",
     )  # fmt: skip
     parser.add_argument("--tokens-per-step", type=int, default=65536, help="of small and medium")
     parser.add_argument("--seconds", type=float, default=1.5, help="of repeating a step")
@@ -75,8 +78,14 @@ def jobs_of(size: str, options: argparse.Namespace) -> list[Job]:
                     continue
                 jobs.append((f"{kind} {backend}", tokens))
                 if size == "example" or tokens in options.compiled_tokens:
-                    jobs.append((f"{kind} {backend} compiled", tokens))
+                    jobs += [(f"{kind} {backend} {how}", tokens) for how in ways(options)]
     return jobs
+
+
+def ways(options: argparse.Namespace) -> list[str]:
+    """Of `COMPILE`, those that the device has."""
+    on_gpu = options.device.type == "cuda"
+    return [how for how in COMPILE if on_gpu or COMPILE[how] != cuda_graphs.MODE]
 
 
 def model_options(size: str, kind: str, backend: str, tokens: int) -> dict[str, Any]:
@@ -118,36 +127,51 @@ class Step:
     """One step of training on random tokens, as `NSALightningModule` and its Trainer take it."""
 
     def __init__(
-        self, model: Transformer, optimizer: dict[str, Any], batch: int, device: torch.device
+        self,
+        model: Transformer,
+        optimizer: dict[str, Any],
+        batch: int,
+        device: torch.device,
+        replays_graphs: bool = False,
     ) -> None:
         self.model, self.device = model.to(device), device
+        self.replays_graphs = replays_graphs
         self.optimizer = adamw(self.model, **optimizer)
+        self.zero_gradients()
         shape = (batch, model.seq_len + 1)
         self.tokens = torch.randint(model.embedding.num_embeddings, shape, device=device)
 
     def __call__(self) -> torch.Tensor:
         on_gpu = self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
+        graphs = cuda_graphs.forward_pass() if self.replays_graphs else nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu), graphs:
             nats, count = total_nats(self.model, self.tokens)
             loss = nats / count
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.zero_gradients()
         return loss.detach()
+
+    def zero_gradients(self) -> None:
+        if self.replays_graphs:
+            cuda_graphs.zero_gradients(self.optimizer)
+        else:
+            self.optimizer.zero_grad()
 
 
 def build(size: str, job: Job, options: argparse.Namespace, depth: int | None = None) -> Step:
-    kind, backend, *rest = job[0].split()
+    kind, backend, *how = job[0].split()
     torch.manual_seed(0)
     built = model_options(size, kind, backend, job[1])
     with options.device:  # where its weights are drawn, too
         model = Transformer(**built["model"] | ({"depth": depth} if depth else {}))
-    if rest:
-        torch._dynamo.reset()  # each model and length is a program of its own
-        for block in model.layers:
-            block.compile()
-    return Step(model, built["optimizer"], batch_size(size, job[1], options), options.device)
+    compile = COMPILE[how[0]] if how else False
+    torch._dynamo.reset()  # each model and length is a program of its own; frees the last graphs
+    parallel.compile_blocks(model, compile)
+    graphs = compile == cuda_graphs.MODE
+    batch = batch_size(size, job[1], options)
+    return Step(model, built["optimizer"], batch, options.device, graphs)
 
 
 def measure_step(step: Step, seconds: float) -> Row:
@@ -196,7 +220,7 @@ def work(options: argparse.Namespace, told: Assignment) -> None:
 
     def warm(job: Job) -> Row:
         """All layers share one program: one layer compiles it."""
-        if not job[0].endswith("compiled"):
+        if job[0].split()[-1] not in COMPILE:
             raise Unavailable("is not compiled")
         return attempt(lambda: {"loss": build(told.group, job, options, depth=1)()})
 
@@ -211,7 +235,8 @@ def main() -> None:
         return work(options, options.worker)
     stop = time.time() + 60 * options.minutes
     jobs = {size: jobs_of(size, options) for size in options.sizes}
-    if options.warm_seconds and any("compiled" in job[0] for size in jobs for job in jobs[size]):
+    names = [job[0].split()[-1] for size in jobs for job in jobs[size]]
+    if options.warm_seconds and any(name in COMPILE for name in names):
         workers.warm_up(MODULE, [*jobs], min(options.warm_seconds, 0.35 * 60 * options.minutes))
     weights = {size: len(jobs[size]) * (3.0 if size == "medium" else 1.0) for size in jobs}
     workers.run_groups(

@@ -6,6 +6,7 @@ The only file under nsa/ that knows Lightning. Letters: B batch, T tokens.
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int, Num
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from nsa import parallel
+from nsa import cuda_graphs, parallel
 from nsa.broken_steps import breaking_its_gradient, skip_if_broken
 from nsa.transformer import Transformer
 
@@ -45,7 +47,7 @@ class NSALightningModule(L.LightningModule):
         model: arguments of `Transformer`, and `name`.
         optimizer: lr, betas, eps, weight_decay, fused (see `adamw`).
         scheduler: `name` of a schedule in `SCHEDULES`, and its arguments.
-        compile: compile the blocks in place when training starts.
+        compile: compile the blocks in place when training starts; of `parallel.COMPILE`.
         activation_checkpointing: what the backward pass recomputes, of `parallel.KEPT`.
 
     Raises:
@@ -57,13 +59,14 @@ class NSALightningModule(L.LightningModule):
         model: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         scheduler: Mapping[str, Any],
-        compile: bool = False,
+        compile: bool | str = False,
         activation_checkpointing: str = "none",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.optimizer_options = dict(optimizer)
         self.schedule = build_schedule(scheduler)
+        parallel.check_compile(compile)
         self.compile_blocks = compile
         parallel.check_activation_checkpointing(activation_checkpointing)
         self.activation_checkpointing = activation_checkpointing
@@ -77,8 +80,7 @@ class NSALightningModule(L.LightningModule):
     def configure_model(self) -> None:
         """Parameters keep their names; called again for evaluation, it finds all of it done."""
         parallel.checkpoint_activations(self.model, self.activation_checkpointing)
-        if self.compile_blocks:
-            parallel.compile_blocks(self.model)
+        parallel.compile_blocks(self.model, self.compile_blocks)
         if self.device_mesh is not None:
             casts = self.trainer.precision == "bf16-mixed"
             gathered = torch.bfloat16 if casts else None
@@ -88,10 +90,22 @@ class NSALightningModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         seed_generators(micro_batch_seed(self.seed, self.global_rank, batch_idx))
-        nats, count = total_nats(self.model, batch["tokens"])
+        nats, count = self._total_nats(batch)
         loss = nats / count
         self._micro_losses.append(loss.detach())
         return breaking_its_gradient(loss)
+
+    def _total_nats(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        with cuda_graphs.forward_pass() if self._replays_graphs else nullcontext():
+            return total_nats(self.model, batch["tokens"])
+
+    def optimizer_zero_grad(
+        self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._replays_graphs:
+            cuda_graphs.zero_gradients(optimizer)
+        else:
+            optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.step_losses, self._micro_losses = torch.stack(self._micro_losses), []
@@ -144,7 +158,11 @@ class NSALightningModule(L.LightningModule):
                 f"trainer.gradient_clip_val={trainer.gradient_clip_val} must be at least 0; "
                 "0 does not clip"
             )
-        on_cpu = trainer.strategy.root_device.type == "cpu"
+        device = trainer.strategy.root_device
+        if self._replays_graphs:
+            distributed = not isinstance(trainer.strategy, SingleDeviceStrategy)
+            cuda_graphs.check_device(device, distributed=distributed)
+        on_cpu = device.type == "cpu"
         if on_cpu and "flex" in (getattr(b.attention, "backend", "") for b in self.model.blocks):
             raise ValueError(
                 "attention.backend=flex cannot train on a CPU (FlexAttention has no backward pass "
@@ -174,10 +192,10 @@ class NSALightningModule(L.LightningModule):
     # Evaluation: exact means over every scored token of a split, over all ranks
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._split_losses.append(torch.stack(total_nats(self.model, batch["tokens"])))
+        self._split_losses.append(torch.stack(self._total_nats(batch)))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._split_losses.append(torch.stack(total_nats(self.model, batch["tokens"])))
+        self._split_losses.append(torch.stack(self._total_nats(batch)))
 
     def on_validation_epoch_end(self) -> None:
         self._log_split("val")
@@ -201,6 +219,10 @@ class NSALightningModule(L.LightningModule):
     def _bits_per_byte(self, nats_per_token: Tensor, split: str) -> Tensor:
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return nats_per_token / (math.log(2) * datamodule.bytes_per_token(split))
+
+    @property
+    def _replays_graphs(self) -> bool:
+        return self.compile_blocks == cuda_graphs.MODE
 
     @property
     def _logs_this_step(self) -> bool:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from nsa import cuda_graphs
 from nsa.ops import BACKENDS
 from nsa.transformer import Transformer
 
@@ -35,6 +36,7 @@ PRODUCTS = [
     *own("attend", "attend_blocks", "attend_gated", "gathered_importance", "membership"),
 ]
 KEPT = {"none": None, "full": CHOICES, "selective": CHOICES + PRODUCTS}
+COMPILE = (False, True, cuda_graphs.MODE)
 
 
 def check_activation_checkpointing(mode: str) -> None:
@@ -57,11 +59,24 @@ def checkpoint_activations(model: Transformer, mode: str) -> None:
         block.checkpoint = None if mode == "none" else keeping
 
 
-def compile_blocks(model: Transformer) -> None:
-    """Block by block and in place: one graph serves all layers of a kind."""
+def check_compile(compile: bool | str) -> None:
+    """Raises ValueError for a value that is not in `COMPILE`."""
+    if compile not in COMPILE:
+        values = ", ".join(str(value).lower() for value in COMPILE)
+        raise ValueError(f"compile={compile} must be one of {values}")
+
+
+def compile_blocks(model: Transformer, compile: bool | str) -> None:
+    """Block by block and in place: one program serves all layers of a kind.
+
+    False does not, True does in torch.compile's default mode, a text in the mode of this name.
+    """
+    check_compile(compile)
+    if not compile:
+        return
     for block in model.blocks:
         if block._compiled_call_impl is None:
-            block.compile()
+            block.compile(mode=compile if isinstance(compile, str) else None)
 
 
 def shard(model: Transformer, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:

@@ -1,6 +1,10 @@
 """Tiles come from the table, or with NSA_AUTOTUNE=1 from a stopwatch; how they are measured."""
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -12,12 +16,12 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from benchmarks import survey, tune
-from benchmarks.workers import Assignment
 from nsa import kernels
 from nsa.config import NSAConfig
 from nsa.kernels import attend, autotune, tile_sizes
 from nsa.kernels.tile_sizes import Problem, Row, Tile
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 SMALL, LARGE = Tile(16, 16, 4, 1), Tile(32, 16, 4, 1)
 
@@ -144,12 +148,25 @@ def test_a_candidate_is_timed_only_if_it_fits_and_is_right(monkeypatch) -> None:
     assert statuses == [("ok", 2.0), ("ok", 2.0), ("wrong", None), ("unfit", None)]
 
 
+REHEARSAL = """
+import sys
+from benchmarks import tune
+from benchmarks.workers import Assignment
+told = Assignment("all", stop=2e9, date="2026", command="")
+for op, rows in (["attend_fwd"], 9), (["attend_fwd", "orders"], 11):
+    arguments = ["--folder", sys.argv[1], "--device", "cpu", "--tokens", "24", "--op", *op]
+    options = tune.parse(arguments)
+    tune.work(told, options)
+    assert len(tune.read(options.folder / "tune.csv")) == rows  # the second run keeps the first's
+"""
+
+
 def test_tuning_is_rehearsed_on_a_cpu_and_goes_on(tmp_path) -> None:
-    arguments = ["--folder", str(tmp_path), "--device", "cpu", "--tokens", "24", "--op"]
-    told = Assignment("all", stop=2e9, date="2026", command="")
-    for op, rows in (["attend_fwd"], 9), (["attend_fwd", "orders"], 11):
-        tune.work(told, tune.parse([*arguments, *op]))
-        assert len(tune.read(tmp_path / "tune.csv")) == rows  # the second run keeps the first's
+    """In a process that sees no GPU: where there is one, kernels are compiled for it here."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", REHEARSAL, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     tune.append(tmp_path / "tune.csv", [{"kernel": "select", "status": "lost: silent"}])
     report = tune.report(tune.read(tmp_path / "tune.csv"))
     assert report.count("attend_fwd") == 3 and report.count(" ms   best ") == 3

@@ -284,10 +284,12 @@ def test_a_resumed_run_keeps_its_model_and_optimizer() -> None:
     model = {"dim": 8, "dropout": 0.1, "attention": {"backend": "auto", "kv_per_branch": True}}
     settings = {"model": model, "optimizer": {"lr": 0.1, "fused": True}}
     checkpoint = {"hyper_parameters": settings}
-    free = {"model": model | {"dropout": 0.0}, "optimizer": {"lr": 0.1, "fused": False}}
+    free = {"model": model | {"dropout": 0.0}, "optimizer": {"lr": 0.1, "fused": True}}
     resume.check_same_run(checkpoint, free, {})
-    other = {"model": model | {"attention": {"kv_per_branch": False}}, "optimizer": {"lr": 0.2}}
+    changed = {"lr": 0.2, "fused": False}  # the optimizer's state brings its own
+    other = {"model": model | {"attention": {"kv_per_branch": False}}, "optimizer": changed}
     with pytest.raises(ValueError) as refusal:
         resume.check_same_run(checkpoint, other, {})
     assert "model.attention.kv_per_branch=False, the checkpoint has True" in str(refusal.value)
     assert "optimizer.lr=0.2, the checkpoint has 0.1" in str(refusal.value)
+    assert "optimizer.fused=False, the checkpoint has True" in str(refusal.value)
