@@ -47,7 +47,8 @@ class NSALightningModule(L.LightningModule):
         model: arguments of `Transformer`, and `name`.
         optimizer: lr, betas, eps, weight_decay, fused (see `adamw`).
         scheduler: `name` of a schedule in `SCHEDULES`, and its arguments.
-        compile: compile the blocks in place when training starts; of `parallel.COMPILE`.
+        compile: compile the blocks in place when training starts; of `parallel.COMPILE`; "auto" is
+            `parallel.resolve_compile`'s.
         activation_checkpointing: what the backward pass recomputes, of `parallel.KEPT`.
 
     Raises:
@@ -67,7 +68,7 @@ class NSALightningModule(L.LightningModule):
         self.optimizer_options = dict(optimizer)
         self.schedule = build_schedule(scheduler)
         parallel.check_compile(compile)
-        self.compile_blocks = compile
+        self.compile_option = compile
         parallel.check_activation_checkpointing(activation_checkpointing)
         self.activation_checkpointing = activation_checkpointing
         self.seed = torch.initial_seed()
@@ -80,7 +81,7 @@ class NSALightningModule(L.LightningModule):
     def configure_model(self) -> None:
         """Parameters keep their names; called again for evaluation, it finds all of it done."""
         parallel.checkpoint_activations(self.model, self.activation_checkpointing)
-        parallel.compile_blocks(self.model, self.compile_blocks)
+        parallel.compile_blocks(self.model, self.compile_mode)
         if self.device_mesh is not None:
             casts = self.trainer.precision == "bf16-mixed"
             gathered = torch.bfloat16 if casts else None
@@ -159,9 +160,8 @@ class NSALightningModule(L.LightningModule):
                 "0 does not clip"
             )
         device = trainer.strategy.root_device
-        if self._replays_graphs:
-            distributed = not isinstance(trainer.strategy, SingleDeviceStrategy)
-            cuda_graphs.check_device(device, distributed=distributed)
+        if self.compile_option == cuda_graphs.MODE:
+            cuda_graphs.check_device(device, distributed=is_distributed(trainer))
         on_cpu = device.type == "cpu"
         if on_cpu and "flex" in (getattr(b.attention, "backend", "") for b in self.model.blocks):
             raise ValueError(
@@ -221,13 +221,24 @@ class NSALightningModule(L.LightningModule):
         return nats_per_token / (math.log(2) * datamodule.bytes_per_token(split))
 
     @property
+    def compile_mode(self) -> bool | str:
+        """What `compile` comes to on the trainer's devices."""
+        device = self.trainer.strategy.root_device
+        plain = not is_distributed(self.trainer) and self.activation_checkpointing == "none"
+        return parallel.resolve_compile(self.compile_option, device, tried=plain)
+
+    @property
     def _replays_graphs(self) -> bool:
-        return self.compile_blocks == cuda_graphs.MODE
+        return self.compile_mode == cuda_graphs.MODE
 
     @property
     def _logs_this_step(self) -> bool:
         trainer: Any = self.trainer
         return (self.global_step + 1) % trainer.log_every_n_steps == 0
+
+
+def is_distributed(trainer: L.Trainer) -> bool:
+    return not isinstance(trainer.strategy, SingleDeviceStrategy)
 
 
 def total_nats(

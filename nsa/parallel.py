@@ -36,7 +36,7 @@ PRODUCTS = [
     *own("attend", "attend_blocks", "attend_gated", "gathered_importance", "membership"),
 ]
 KEPT = {"none": None, "full": CHOICES, "selective": CHOICES + PRODUCTS}
-COMPILE = (False, True, cuda_graphs.MODE)
+COMPILE = ("auto", False, True, cuda_graphs.MODE)
 
 
 def check_activation_checkpointing(mode: str) -> None:
@@ -64,6 +64,15 @@ def check_compile(compile: bool | str) -> None:
     if compile not in COMPILE:
         values = ", ".join(str(value).lower() for value in COMPILE)
         raise ValueError(f"compile={compile} must be one of {values}")
+
+
+def resolve_compile(compile: bool | str, device: torch.device, *, tried: bool) -> bool | str:
+    """What `auto` means: on a GPU, CUDA graphs where these were `tried`; nothing on a CPU."""
+    if compile != "auto":
+        return compile
+    if device.type != "cuda":
+        return False
+    return cuda_graphs.MODE if tried else True
 
 
 def compile_blocks(model: Transformer, compile: bool | str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from test_train import (
     ADAMW,
     MODEL,
@@ -64,7 +64,7 @@ def trained(folder: Path, module: Any, data: Counting | None = None, **options: 
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="compile=fast must be one of false, true, reduce-overh"):
+    with pytest.raises(ValueError, match="compile=fast must be one of auto, false, true, reduce-o"):
         make_module(compile="fast")
 
 
@@ -76,6 +76,25 @@ def test_devices_without_graphs_are_refused(tmp_path: Path, monkeypatch) -> None
     with pytest.raises(ValueError, match=r"trains on one GPU.* trainer=gpu trainer\.devices=1"):
         make_module(compile=MODE).check_trainer(several)
     make_module(compile=True).check_trainer(several)
+
+
+def test_auto_is_what_was_tried_on_the_device() -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert parallel.resolve_compile("auto", gpu, tried=True) == MODE
+    assert parallel.resolve_compile("auto", gpu, tried=False) is True
+    assert parallel.resolve_compile("auto", cpu, tried=True) is False
+    assert parallel.resolve_compile(True, cpu, tried=True) is True
+
+
+def test_auto_records_no_graphs_of_what_is_recomputed_or_distributed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("cuda", 0))
+    for mode, compiles in (("none", MODE), ("full", True)):
+        module = make_module(compile="auto", activation_checkpointing=mode)
+        module.trainer = make_trainer(tmp_path)
+        assert module.compile_mode == compiles
+    monkeypatch.setattr(DDPStrategy, "root_device", torch.device("cuda", 0))
+    module.trainer = make_trainer(tmp_path, strategy=DDPStrategy(), devices=2)
+    assert module.compile_mode is True
 
 
 # What is done for the sake of graphs
