@@ -8,6 +8,7 @@ Letters as in `nsa.reference`.
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from nsa import blocks
 from nsa.config import NSAConfig
 
 TILE = 128  # FlexAttention skips tiles of TILE x TILE scores that a mask hides entirely
+
+# PyTorch would take its decoding kernel below 128 queries, which has no tiles for some lengths.
+TRAINING: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, key
 
@@ -124,6 +128,9 @@ def sliding_window_attention(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     q, k, v = (rearrange(x, "B T H D -> B H T D") for x in (q, k, v))
     if torch.compiler.is_compiling():
         attention = flex_attention
@@ -131,7 +138,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         attention = _eager_flex_attention
     else:
         attention = _compiled_flex_attention()
-    out = attention(q, k, v, block_mask=mask, enable_gqa=k.shape[1] < q.shape[1])
+    grouped = k.shape[1] < q.shape[1]
+    with torch.autocast(device, enabled=False):  # whose dispatch PyTorch 2.11 cannot compile
+        out = attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=TRAINING)
     return rearrange(out, "B H T D -> B T H D")
 
 
@@ -141,7 +150,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 def _eager_flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, enable_gqa: bool
+    q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, **options: Any
 ) -> Tensor:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(
@@ -152,7 +161,7 @@ def _eager_flex_attention(
     with warnings.catch_warnings():
         # PyTorch advises to compile; on a CPU the eager path is what this backend offers.
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=enable_gqa)
+        return flex_attention(q, k, v, block_mask=block_mask, **options)
 
 
 def _tile_edges(seq_len: int, device: blocks.Device) -> tuple[Int[Tensor, " Q"], Int[Tensor, " Q"]]:
