@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.judge import Verdict, any_order, judge, judge_selection
 from benchmarks.workers import Unavailable
 from nsa import ops, reference
+from nsa.compress_networks import block_means
 from nsa.config import NSAConfig
 
 PAPER = NSAConfig()  # its sizes are the defaults
@@ -82,7 +83,7 @@ class Workload:
     @cached_property
     def compressed(self) -> tuple[Tensor, Tensor]:
         """k_cmp and v_cmp."""
-        return pooled(self.qkv[1], self.cfg), pooled(self.qkv[2], self.cfg)
+        return block_means(self.qkv[1], self.cfg), block_means(self.qkv[2], self.cfg)
 
     @cached_property
     def lse(self) -> Tensor:
@@ -133,17 +134,12 @@ class Item:
     unchecked: str = ""  # why there are no checks
 
 
-def pooled(x: Tensor, cfg: NSAConfig) -> Tensor:
-    """Mean-pooled keys or values [B, C, G, D]."""
-    return x.unfold(1, cfg.compress_block_size, cfg.compress_block_sliding_stride).mean(-1)
-
-
 def nsa(
     backend: Any, cfg: NSAConfig, gates: Tensor, q: Tensor, *kv: Tensor, indices=None
 ) -> Tensor:
     """NSA from projected heads to the gated sum; `backend` is any namespace of the ops."""
     k_raw, v_raw, k_slc, v_slc, k_win, v_win = kv
-    k_cmp, v_cmp = pooled(k_raw, cfg), pooled(v_raw, cfg)
+    k_cmp, v_cmp = block_means(k_raw, cfg), block_means(v_raw, cfg)
     if getattr(backend, "gated_attention", None):
         compressed, lse = backend.compressed_attention(
             q.detach(), k_cmp.detach(), v_cmp.detach(), cfg
@@ -241,7 +237,7 @@ def pool(w: Workload) -> Item:
     """Both keys and values, as in the whole."""
 
     def op(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return pooled(k, w.cfg), pooled(v, w.cfg)
+        return block_means(k, w.cfg), block_means(v, w.cfg)
 
     inputs = w.qkv[1:]
     check = w.compare(op, op, inputs, "k v dk dv")

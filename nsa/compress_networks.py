@@ -18,7 +18,7 @@ from nsa.config import NSAConfig
 
 
 class MeanPool(nn.Module):
-    """The mean of a block's tokens; no parameters."""
+    """The mean of a block's tokens; no parameters. `BlockCompressor` takes `block_means` for it."""
 
     def forward(self, windows: Float[Tensor, "b h w n d"]) -> Float[Tensor, "b h w d"]:
         return reduce(windows, "b h w n d -> b h w d", "mean")
@@ -153,6 +153,37 @@ class _CompressLayer(nn.Module):
         return x + self.feed_forward(x)
 
 
+class _BlockMeans(torch.autograd.Function):
+    """`block_means`. A token gets 1/l of the gradient of each block over it, written once.
+
+    Block c covers the strides c ... c + l/d - 1, and the first l % d tokens of one more.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, size: int, stride: int) -> Tensor:
+        ctx.sizes = size, stride, x.shape[1]
+        return x.unfold(1, size, stride).mean(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        size, stride, num_tokens = ctx.sizes
+        whole, rest = divmod(size, stride)
+        strides = -(-num_tokens // stride)
+        B, C, *features = grad.shape
+        share = F.pad(grad / size, (0, 0, 0, 0, whole, strides - C))  # [B whole+strides G D]
+        covering = share[:, 1:].unfold(1, whole, 1).sum(-1).to(grad.dtype)  # [B strides G D]
+        dx = grad.new_empty(B, strides, stride, *features)
+        dx[:, :, rest:] = covering[:, :, None]
+        if rest:
+            dx[:, :, :rest] = (covering + share[:, :strides])[:, :, None]
+        return dx.flatten(1, 2)[:, :num_tokens], None, None
+
+
+def block_means(x: Float[Tensor, "B T G D"], cfg: NSAConfig) -> Float[Tensor, "B C G D"]:
+    """The mean of each compressed block, for at least l tokens; its windows are never stored."""
+    return _BlockMeans.apply(x, cfg.compress_block_size, cfg.compress_block_sliding_stride)
+
+
 class BlockCompressor(nn.Module):
     """Folds keys or values into one per compressed block (eq. 7): φ(tokens of a block + positions).
 
@@ -175,11 +206,19 @@ class BlockCompressor(nn.Module):
         # then have gradients (of 0) on every rank, whatever T is.
         missing = max(0, self.cfg.compress_block_size - x.shape[1])
         padded = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-        windows = blocks.compress_windows(padded, self.cfg)
+        compressed = self._compress(padded).to(x.dtype)
+        return compressed[:, : blocks.num_compress_blocks(x.shape[1], self.cfg)].contiguous()
+
+    def _compress(self, x: Float[Tensor, "B T G D"]) -> Float[Tensor, "B C G D"]:
+        if type(self.network) is MeanPool:
+            means = block_means(x, self.cfg)
+            if self.positions is None:
+                return means
+            return means + reduce(self.positions, "G 1 l D -> G D", "mean").to(x.dtype)
+        windows = blocks.compress_windows(x, self.cfg)
         if self.positions is not None:
             windows = windows + self.positions.to(x.dtype)
-        compressed = rearrange(self.network(windows), "B G C D -> B C G D").to(x.dtype)
-        return compressed[:, : blocks.num_compress_blocks(x.shape[1], self.cfg)].contiguous()
+        return rearrange(self.network(windows), "B G C D -> B C G D")
 
 
 def build_compress_network(

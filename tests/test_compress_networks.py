@@ -14,6 +14,7 @@ from nsa.compress_networks import (
     GroupedMLP,
     MeanPool,
     SingleProjection,
+    block_means,
     build_compress_network,
 )
 from nsa.config import NSAConfig
@@ -118,6 +119,39 @@ def test_the_compressor_folds_l_tokens_every_d_with_their_positions(num_tokens: 
         torch.testing.assert_close(out[:, c], want[:, :, 0])
     out.sum().backward()  # also of no block at all
     assert all(p.grad is not None and p.grad.isfinite().all() for p in compressor.parameters())
+
+
+@pytest.mark.parametrize("positions", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 6, 31])
+def test_the_compressor_pools_without_windows(num_tokens: int, positions: bool) -> None:
+    """What the network would give on the windows, to the tokens' and the positions' gradients."""
+    compressor = randomise(BlockCompressor(MeanPool(), CFG, HEADS, D, positions=positions))
+    x = torch.randn(2, num_tokens, HEADS, D, requires_grad=True)
+    out = compressor(x)
+    windows = blocks.compress_windows(nn.functional.pad(x, (0, 0, 0, 0, 0, L)), CFG)
+    windows = windows[:, :, : out.shape[1]]
+    if positions:
+        windows = windows + compressor.positions
+    want = MeanPool()(windows).transpose(1, 2)
+    torch.testing.assert_close(out, want)
+    inputs = [x, *compressor.parameters()]
+    grads = (torch.autograd.grad(y.square().sum(), inputs) for y in (out, want))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (6, 4), (7, 3), (5, 5), (3, 1)])
+@pytest.mark.parametrize("num_tokens", [7, 12, 17])
+def test_block_means(sizes: tuple[int, int], num_tokens: int) -> None:
+    """Blocks that share any part of their tokens, and a tail that no block covers."""
+    size, stride = sizes
+    cfg = NSAConfig(
+        compress_block_size=size, compress_block_sliding_stride=stride,
+        selection_block_size=4 * stride if size > stride else stride,
+    )  # fmt: skip
+    x = torch.randn(2, num_tokens, 2, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(block_means(x, cfg), x.unfold(1, size, stride).mean(-1))
+    torch.autograd.gradcheck(lambda x: block_means(x, cfg), x)
+    torch.autograd.gradgradcheck(lambda x: block_means(x, cfg), x)
 
 
 def test_the_compressor_copies_its_network() -> None:

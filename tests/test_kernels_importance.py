@@ -36,6 +36,8 @@ CHOICES = {
     "l = d = l'": (60, 2, 1, config(4, 4, 4, 5), True),
     "three strides a block, l no multiple": (70, 2, 1, config(6, 4, 12, 3), True),
     "sixteen strides a block": (70, 2, 1, config(16, 2, 32, 2), True),
+    "several tiles, each spilling into the next": (100, 4, 2, config(7, 1, 8, 3), True),
+    "several tiles, mean logit": (100, 4, 2, config(7, 1, 8, 5, importance="logit_mean"), True),
     "n beyond the blocks there are": (40, 2, 1, config(8, 4, 8, 9), True),
 }  # fmt: skip
 

@@ -2,13 +2,14 @@
 
 A selection block s of l' tokens covers RATIO = l'/d compressed blocks that begin in it, and takes a
 share of those that begin in the block before and reach into it (l <= l', so none begins earlier).
-A tile therefore holds BLOCKS selection blocks as BLOCKS x LANES columns: column (s, i) with
+A tile therefore holds BLOCKS selection blocks as LANES x BLOCKS columns: column (i, s) with
 i < RATIO is compressed block s * RATIO + i; LANES pads RATIO to a power of two. Eq. 9 becomes two
 weighted sums over i, own and spilled, the second handed on to the next block.
 
-Nothing of size T x C or T x S is stored: the best blocks so far stay in registers as sorted int64
-keys, score bits above, inverted block index below, so a higher key is a better block and the lower
-block wins a tie.
+Nothing of size T x C or T x S is stored: the best blocks so far stay in registers. What ranks them
+has tokens in its last axis, so that one thread holds all the blocks of a token and sorts them
+without a word to the others; where a program has twice as many threads as tokens, a token has two
+lists, each of half the blocks of every tile, made one at the end.
 """
 
 # pyright: reportCallIssue=false
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.autotune import with_tile
+from nsa.kernels.best_blocks import EMPTY, LAST, keep_best, one_list, ranking
 from nsa.kernels.op import custom_op, register_fake
 from nsa.kernels.primitives import (
     LOG2E,
@@ -36,9 +38,6 @@ from nsa.kernels.primitives import (
 )
 from nsa.kernels.tile_sizes import Problem, Tile
 
-EMPTY = tl.constexpr(-(2**63))  # the key of a block that may not be kept
-LAST = tl.constexpr(2**31 - 1)  # above any block index
-
 
 @triton.jit
 @no_type_check
@@ -51,10 +50,10 @@ def score_tile(
 ):  # fmt: skip
     """Sum over the heads of probabilities, or of scaled scores; 0 where unseen.  Also: seen."""
     R: tl.constexpr = H // J
-    lane = tl.arange(0, BLOCKS * LANES) % LANES
-    offs_c = (s0 + tl.arange(0, BLOCKS * LANES) // LANES) * RATIO + lane
+    lane = tl.arange(0, BLOCKS * LANES) // BLOCKS
+    offs_c = (s0 + tl.arange(0, BLOCKS * LANES) % BLOCKS) * RATIO + lane
     exists = (lane < RATIO) & (offs_c < C)
-    k = load_rows(k_ptr, (b * C + offs_c) * G + g, exists, D, BLOCK_D)  # [BLOCKS*LANES, BLOCK_D]
+    k = load_rows(k_ptr, (b * C + offs_c) * G + g, exists, D, BLOCK_D)  # [LANES*BLOCKS, BLOCK_D]
     score = tl.zeros([TOKENS, BLOCKS * LANES], tl.float32)
     for r in range(R):
         q = load_rows(q_ptr, rows + r, live, D, BLOCK_D)  # [TOKENS, BLOCK_D]
@@ -64,66 +63,60 @@ def score_tile(
         else:
             lse2 = load_lse2(lse_ptr, rows + r, live)
             score += tl.exp2(s * (scale * LOG2E) - lse2[:, None])
-    seen = tl.broadcast_to(exists[None, :], [TOKENS, BLOCKS * LANES])
-    if CAUSAL:
-        seen = seen & ((offs_c * STRIDE + SIZE - 1)[None, :] <= t[:, None])
+    if CAUSAL:  # what has ended exists
+        end = (tl.arange(0, BLOCKS * LANES) % BLOCKS * RATIO + lane) * STRIDE + SIZE - 1
+        seen = (lane < RATIO)[None, :] & (end[None, :] <= (t - s0 * (RATIO * STRIDE))[:, None])
+    else:
+        seen = tl.broadcast_to(exists[None, :], [TOKENS, BLOCKS * LANES])
     return tl.where(seen, score, 0.0), seen
+
+
+@triton.jit
+@no_type_check
+def follow(stays, leaves, arrives, known, next_stays, next_leaves, next_arrives, next_known):
+    """Of two runs of blocks: the last one, and what left the block before it. Associative."""
+    return next_stays, next_leaves, tl.where(next_known != 0, next_arrives, leaves), next_known | 1
+
+
+@triton.jit
+@no_type_check
+def by_list(x, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LISTS: tl.constexpr):
+    """[ROWS, TOKENS*LISTS] from [TOKENS, BLOCKS]: a token's blocks in runs of ROWS, one a list."""
+    x = tl.reshape(x, [TOKENS, LISTS, BLOCKS // LISTS])
+    return tl.reshape(tl.permute(x, (2, 0, 1)), [BLOCKS // LISTS, TOKENS * LISTS])
 
 
 @triton.jit
 @no_type_check
 def spread(
     x, carry, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 9 on a tile: [TOKENS, BLOCKS], and what spills into the block after the tile [TOKENS]."""
+    """Eq. 9 on a tile, `by_list`: importance, and what leaves each block for the next.
+
+    carry is what left the blocks of the tile before.
+    """
+    ROWS: tl.constexpr = BLOCKS // LISTS
     i = tl.arange(0, LANES)
     own = tl.minimum(SIZE, (RATIO - i) * STRIDE).to(tl.float32) / STRIDE
     spilled = tl.maximum(SIZE - (RATIO - i) * STRIDE, 0).to(tl.float32) / STRIDE
     own = tl.where(i < RATIO, own, 0.0)
     spilled = tl.where(i < RATIO, spilled, 0.0)
-    x = tl.reshape(x, [TOKENS, BLOCKS, LANES])
-    stays = tl.sum(x * own[None, None, :], 2)
-    leaves = tl.sum(x * spilled[None, None, :], 2)
-    s = tl.arange(0, BLOCKS)[None, :]
-    before = tl.broadcast_to(tl.maximum(s - 1, 0), [TOKENS, BLOCKS])
-    arrives = tl.where(s == 0, carry[:, None], tl.gather(leaves, before, 1))
-    return stays + arrives, tl.sum(tl.where(s == BLOCKS - 1, leaves, 0.0), 1)
-
-
-@triton.jit
-@no_type_check
-def ranking_key(score, block, t, num_blocks,
-    LENGTH: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Order-preserving int64: forced blocks first (own, initial, local), then the higher score."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & LAST)  # floats as integers of the same order
-    own = t // LENGTH
-    bits = tl.where((block < own) & (block > own - LOCAL), LAST - 2, bits)
-    bits = tl.where(block < INITIAL, LAST - 1, bits)
-    bits = tl.where(block == own, LAST, bits)
-    key = (bits.to(tl.int64) << 32) | (-block + LAST).to(tl.int64)
-    may = block < num_blocks
-    if CAUSAL:
-        may = may & (block <= own)
-    return tl.where(may, key, EMPTY)
-
-
-@triton.jit
-@no_type_check
-def keep_best(best, key, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, KEPT: tl.constexpr):
-    """The KEPT highest of two sets of keys, descending: a bitonic merge."""
-    if BLOCKS > KEPT:
-        key = tl.topk(key, KEPT, dim=1)
-    else:
-        if BLOCKS < KEPT:  # widen: copies of the tile, all but the first emptied
-            copies: tl.constexpr = KEPT // BLOCKS
-            key = tl.broadcast_to(key[:, None, :], [TOKENS, copies, BLOCKS])
-            key = tl.where((tl.arange(0, copies) == 0)[None, :, None], key, EMPTY)
-            key = tl.reshape(key, [TOKENS, KEPT])
-        key = tl.sort(key, dim=1, descending=True)
-    return tl.sort(tl.maximum(best, tl.flip(key, 1)), dim=1, descending=True)
+    x = tl.reshape(x, [TOKENS, LANES, BLOCKS])
+    stays = by_list(tl.sum(x * own[None, :, None], 1), TOKENS, BLOCKS, LISTS)
+    leaves = by_list(tl.sum(x * spilled[None, :, None], 1), TOKENS, BLOCKS, LISTS)
+    none = tl.zeros_like(leaves)
+    # A scan, since Triton lays out its result anew: from here on a thread holds whole columns.
+    run = (stays, leaves, none, none.to(tl.int32))
+    stays, leaves, arrives, _ = tl.associative_scan(run, 0, follow)
+    into_first = carry  # its last row: what arrives in the first row of the next list
+    if LISTS == 2:
+        second = (tl.arange(0, TOKENS * 2) % 2 == 1)[None, :]
+        into_first = tl.reshape(tl.where(second, carry, leaves), [ROWS, TOKENS, 2])
+        into_first = tl.reshape(tl.flip(into_first, 2), [ROWS, TOKENS * 2])
+    row = tl.arange(0, ROWS)[:, None]
+    into_first = tl.sum(tl.where(row == ROWS - 1, into_first, 0.0), 0)[None, :]
+    return stays + tl.where(row == 0, into_first, arrives), leaves
 
 
 @triton.jit
@@ -134,10 +127,12 @@ def select_kernel(
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
     BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
-    KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    LISTS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one index head: score a tile of blocks over all its heads, keep the best."""
     RATIO: tl.constexpr = LENGTH // STRIDE
+    ROWS: tl.constexpr = 2**LOG_ROWS  # BLOCKS // LISTS
+    KEPT: tl.constexpr = 2**LOG_KEPT
     num_tiles = tl.cdiv(T, TOKENS)
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest first
     bj = (tl.program_id(0) // num_tiles).to(tl.int64)
@@ -150,33 +145,38 @@ def select_kernel(
     if CAUSAL:
         last = tl.minimum(num_blocks, (tile * TOKENS + TOKENS - 1) // LENGTH + 1)
 
-    best = tl.full([TOKENS, KEPT], EMPTY, tl.int64)
-    carry = tl.zeros([TOKENS], tl.float32)
-    carry_seen = tl.zeros([TOKENS], tl.float32)
+    column = tl.arange(0, TOKENS * LISTS)  # of the lists: token, list
+    own = ((tile * TOKENS + column // LISTS) // LENGTH)[None, :]
+    best = tl.full([KEPT, TOKENS * LISTS], EMPTY, tl.int32)
+    best_tie = tl.full([KEPT, TOKENS * LISTS], 0, tl.uint32)
+    carry = tl.zeros([ROWS, TOKENS * LISTS], tl.float32)
+    carry_seen = tl.zeros([ROWS, TOKENS * LISTS], tl.float32)
     for s0 in range(0, last, BLOCKS):
         x, seen = score_tile(
             q_ptr, k_ptr, lse_ptr, rows, live, t, b, g, s0, T, C, scale,
             H, G, J, D, BLOCK_D, SIZE, STRIDE, RATIO, LANES, CAUSAL, LOGITS,
             TOKENS, BLOCKS, PRECISION,
         )  # fmt: skip
-        score, carry = spread(x, carry, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES)
+        score, carry = spread(x, carry, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES, LISTS)
         if LOGITS:
             weight, carry_seen = spread(
-                seen.to(tl.float32), carry_seen, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES
+                seen.to(tl.float32), carry_seen, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES, LISTS
             )
             score = tl.where(weight > 0, score / tl.where(weight > 0, weight, 1.0), -3.4028234e38)
-        block = s0 + tl.arange(0, BLOCKS)
-        key = ranking_key(
-            score, block[None, :], t[:, None], num_blocks, LENGTH, INITIAL, LOCAL, CAUSAL
-        )
-        best = keep_best(best, key, TOKENS, BLOCKS, KEPT)
+        first = s0 + (column % LISTS * ROWS)[None, :]
+        row = tl.arange(0, ROWS)[:, None]
+        rank = ranking(score, row, own - first, first, num_blocks, INITIAL, LOCAL, CAUSAL, LOGITS)
+        tie = (-first + LAST - row).to(tl.uint32)
+        best, best_tie = keep_best(best, best_tie, rank, tie, LOG_ROWS, LOG_KEPT)
 
-    rank = tl.arange(0, KEPT)[None, :]
-    block = -(best & LAST).to(tl.int32) + LAST
-    block = tl.where((best != EMPTY) & (rank < N), block, LAST)
+    if LISTS == 2:
+        best, best_tie = one_list(best, best_tie, LOG_KEPT)
+    place = tl.arange(0, KEPT)[None, :]
+    block = -tl.trans(best_tie).to(tl.int32) + LAST
+    block = tl.where((tl.trans(best) != EMPTY) & (place < N), block, LAST)
     block = tl.sort(block, dim=1)
-    out = indices_ptr + ((b * T + t)[:, None] * J + j) * N + rank
-    tl.store(out, tl.where(block == LAST, -1, block), mask=live[:, None] & (rank < N))
+    out = indices_ptr + ((b * T + t)[:, None] * J + j) * N + place
+    tl.store(out, tl.where(block == LAST, -1, block), mask=live[:, None] & (place < N))
 
 
 @custom_op
@@ -202,11 +202,14 @@ def select(
         tokens, columns = tile.rows, max(16, lanes, tile.keys)
         while tokens > 16 and tokens * max(columns, 2 * kept) > 128 * 128:  # many are kept: sorted
             tokens //= 2
+        blocks = columns // lanes
+        lists = 2 if 32 * tile.warps > tokens and blocks > 1 else 1
         select_kernel[(cdiv(T, tokens) * B * J,)](
             q, k_cmp, lse, indices, T, k_cmp.shape[1], cdiv(T, length), D**-0.5,
             H=H, G=k_cmp.shape[2], J=J, D=D, N=n, SIZE=size, STRIDE=stride,
             LENGTH=length, INITIAL=initial, LOCAL=local, CAUSAL=causal, LOGITS=logits,
-            BLOCK_D=padded(D), TOKENS=tokens, BLOCKS=columns // lanes, LANES=lanes, KEPT=kept,
+            BLOCK_D=padded(D), TOKENS=tokens, BLOCKS=blocks, LANES=lanes, LISTS=lists,
+            LOG_ROWS=(blocks // lists).bit_length() - 1, LOG_KEPT=kept.bit_length() - 1,
             PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return indices
