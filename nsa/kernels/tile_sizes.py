@@ -102,7 +102,7 @@ TILES = {
         Row(Tile(32, 0, 8, 2)),
     ),
     "select": (
-        Row(Tile(64, 64, 4, 2), R=8),
+        Row(Tile(128, 128, 8, 2), width=128, R=1),
         Row(Tile(64, 128, 4, 2), width=128),
         Row(Tile(64, 64, 4, 2)),
     ),
