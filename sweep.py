@@ -112,6 +112,7 @@ def run_job(
     """Build and train on a GPU of this job's own; what the sweeper is told."""
     with beside_others(), one_gpu(cfg.trainer):
         result = attempt(cfg, build, train)
+        torch.compiler.reset()  # programs of one process are limited, and hold their graphs' memory
     return score(result, cfg.objective)
 
 

@@ -145,6 +145,10 @@ def exercise(
         selected.prefers_tiles = lambda num_tokens, cfg, tiles=tiles: tiles
         out_slc = kernels.selected_attention(q, k, v, indices, cfg)
         out = out + kernels.combine(new(B, T, H, 3), out_cmp, out_slc, out_win)
+        rotated = q, k, v, indices, k, v
+        out = out + kernels.gated_attention(
+            new(B, T, H, 3), q, k_cmp, v_cmp, out_cmp, lse, *rotated, cfg
+        )
     out = out + kernels.selected_attention(q, k, v, indices, cfg, gates)
     out.sum().backward()
 

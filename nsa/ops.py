@@ -127,13 +127,7 @@ def compressed_attention(
     """See `reference.compressed_attention`."""
     _check_queries_keys(q, k_cmp, v_cmp)
     _check_num_compressed(q, k_cmp, cfg)
-    if (mem_k is None) != (mem_v is None):
-        raise ValueError("mem_k and mem_v come together: pass both or neither")
-    if mem_k is not None and mem_v is not None:
-        _check_alike(q, mem_k=mem_k, mem_v=mem_v)
-        wanted = (k_cmp.shape[2], mem_k.shape[1], k_cmp.shape[3])
-        _check_shape("mem_k", mem_k, wanted)
-        _check_shape("mem_v", mem_v, (*wanted[:2], v_cmp.shape[3]))
+    _check_memory(q, k_cmp, v_cmp, mem_k, mem_v)
     return _chosen(backend, q).compressed_attention(q, k_cmp, v_cmp, cfg, mem_k, mem_v)
 
 
@@ -239,9 +233,13 @@ def gated_attention(
         raise ValueError(f"backend={backend!r} has no gated_attention: use its ops one by one")
     _check_queries_keys(q, k_cmp, v_cmp)
     _check_num_compressed(q, k_cmp, cfg)
-    for k, v in ((k_slc, v_slc), (k_win, v_win)):
+    _check_memory(q, k_cmp, v_cmp, mem_k, mem_v)
+    _check_alike(q, q_rot=q_rot, compressed=compressed)
+    _check_shape("q_rot", q_rot, tuple(q.shape))
+    for name, k, v in (("slc", k_slc, v_slc), ("win", k_win, v_win)):
         _check_queries_keys(q_rot, k, v)
         _check_num_keys(q, k)
+        _check_shape(f"v_{name}", v, (*k.shape[:3], v_cmp.shape[3]))
     _check_indices(block_indices, q, k_slc)
     _check_shape("gates", gates, (*q.shape[:3], 3))
     _check_shape("compressed", compressed, (*q.shape[:3], v_cmp.shape[3]))
@@ -284,6 +282,18 @@ def _check_queries_keys(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"q has {q.shape[2]} heads and k {k.shape[2]}: query heads must be a multiple of "
             f"key/value heads"
         )
+
+
+def _check_memory(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, mem_k: Tensor | None, mem_v: Tensor | None
+) -> None:
+    if (mem_k is None) != (mem_v is None):
+        raise ValueError("mem_k and mem_v come together: pass both or neither")
+    if mem_k is not None and mem_v is not None:
+        _check_alike(q, mem_k=mem_k, mem_v=mem_v)
+        wanted = (k_cmp.shape[2], mem_k.shape[1], k_cmp.shape[3])
+        _check_shape("mem_k", mem_k, wanted)
+        _check_shape("mem_v", mem_v, (*wanted[:2], v_cmp.shape[3]))
 
 
 def _check_indices(block_indices: Tensor, q: Tensor, k: Tensor) -> None:

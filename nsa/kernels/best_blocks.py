@@ -100,22 +100,29 @@ def widened(x, empty, N: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def better_half(rank, tie, LEFT: tl.constexpr, LOG_KEPT: tl.constexpr):
+    """LEFT rows of twice as many: of each pair of runs of 2**LOG_KEPT the best, sorted again."""
+    KEPT: tl.constexpr = 2**LOG_KEPT
+    W: tl.constexpr = rank.shape[1]
+    rank = tl.reshape(rank, [LEFT // KEPT, 2, KEPT, W])
+    tie = tl.reshape(tie, [LEFT // KEPT, 2, KEPT, W])
+    rank, tie = tl.reduce((rank, tie), 1, better)
+    rank, tie = tl.reshape(rank, [LEFT, W]), tl.reshape(tie, [LEFT, W])
+    return merge(rank, tie, LEFT, LOG_KEPT, False)
+
+
+@triton.jit
+@no_type_check
 def keep_best(best, best_tie, rank, tie, LOG_ROWS: tl.constexpr, LOG_KEPT: tl.constexpr):
     """The first 2**LOG_KEPT of two sets of blocks along axis 0, best first."""
     KEPT: tl.constexpr = 2**LOG_KEPT
-    W: tl.constexpr = rank.shape[1]
     if LOG_ROWS < LOG_KEPT:
         rank, tie = widened(rank, EMPTY, KEPT), widened(tie, 0, KEPT)
     N: tl.constexpr = 2**LOG_ROWS if LOG_ROWS > LOG_KEPT else 2**LOG_KEPT
     for i in tl.static_range(1, LOG_KEPT + 1):
         rank, tie = merge(rank, tie, N, i, False)
     for i in tl.static_range(LOG_KEPT, LOG_ROWS):
-        LEFT: tl.constexpr = N >> (i + 1 - LOG_KEPT)
-        rank = tl.reshape(rank, [LEFT // KEPT, 2, KEPT, W])
-        tie = tl.reshape(tie, [LEFT // KEPT, 2, KEPT, W])
-        rank, tie = tl.reduce((rank, tie), 1, better)
-        rank, tie = tl.reshape(rank, [LEFT, W]), tl.reshape(tie, [LEFT, W])
-        rank, tie = merge(rank, tie, LEFT, LOG_KEPT, False)
+        rank, tie = better_half(rank, tie, N >> (i + 1 - LOG_KEPT), LOG_KEPT)
     # The best go down and the new ones up: the better of each pair are the best, and bitonic.
     best, best_tie = better(best, best_tie, rank, tie)
     return merge(best, best_tie, KEPT, LOG_KEPT, True)

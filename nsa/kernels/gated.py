@@ -5,8 +5,8 @@ lowered by ln g_i,
 
     dV = P'ᵀ dO,    dS = P' (dP - sum(dO * O_i)),    dg_i = sum(dO * O_i),
 
-so every branch reads the output's own gradient: none of a branch's output is stored or scaled, and
-the gradients of the gates are the deltas of the branches. One pass over dO gives all three.
+so every branch reads the output's own gradient: that of a branch's output is never stored, and the
+gradients of the gates are the deltas of the branches. One pass over dO gives all three.
 """
 
 # pyright: reportCallIssue=false

@@ -20,7 +20,7 @@ from torch import Tensor
 from nsa.kernels.op import custom_op, register_fake
 from nsa.kernels.primitives import cdiv, power_of_2
 
-PARTIAL_BYTES = (2**28, 2**30)  # partial results of a chunk of tokens: least and most
+PARTIAL_BYTES = (2**28, 2**30)  # partial results of a chunk: least and most
 ITEM_ROWS = 4096  # packed rows of one work item, about
 
 
