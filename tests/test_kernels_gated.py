@@ -1,5 +1,6 @@
 """The three branches and their gated sum in one op, against the reference's ops one by one."""
 
+import jaxtyping
 import pytest
 import torch
 from kernels_judge import DEVICE, assert_no_worse, heads, random
@@ -62,3 +63,28 @@ def test_a_backend_without_it_says_so():
         ops.gated_attention(
             gates, x, x, x, x, lse, x, x, x, indices, x, x, config(), backend="reference"
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"v_slc": (1, 9, 1, 8)}, r"v_slc has shape \(1, 9, 1, 8\): it must be \(1, 9, 1, 16\)"),
+        ({"v_win": (1, 9, 1, 32)}, "v_win has shape"),
+        ({"q_rot": (1, 9, 1, 16)}, r"q_rot has shape .* it must be \(1, 9, 2, 16\)"),
+        ({"mem_k": (1, 2, 16)}, "mem_k and mem_v come together"),
+        ({"gates": (1, 9, 2, 2)}, "gates has shape"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changes, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    queries, keys, cfg = (1, 9, 2, 16), (1, 9, 1, 16), config()
+    compressed = (1, blocks.num_compress_blocks(9, cfg), 1, 16)
+    shapes = {
+        "gates": (1, 9, 2, 3), "q": queries, "k_cmp": compressed, "v_cmp": compressed,
+        "compressed": queries, "lse": queries[:3], "q_rot": queries, "k_slc": keys, "v_slc": keys,
+        "k_win": keys, "v_win": keys,
+    }  # fmt: skip
+    tensors = {name: torch.zeros(shape) for name, shape in (shapes | changes).items()}
+    indices = torch.zeros(1, 9, 1, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        ops.gated_attention(**tensors, block_indices=indices, cfg=cfg, backend="triton")
