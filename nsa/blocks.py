@@ -6,6 +6,8 @@ Letters: B batch, T tokens, K keys, G key/value heads (or H query heads), C comp
 S selection blocks, N selected blocks.
 """
 
+from typing import no_type_check
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -39,6 +41,7 @@ def sees_compressed(t: Tensor, c: Tensor, cfg: NSAConfig) -> Tensor:
     return (last <= t) | (not cfg.causal)
 
 
+@no_type_check  # a run-time type checker keeps books, which a mask that is compiled may not
 def in_window(t: Tensor, s: Tensor, cfg: NSAConfig) -> Tensor:
     """Query t sees key s in the window: 0 <= t - s < w; |t - s| < w, if not causal."""
     near = (t - s).abs() < cfg.sliding_window_size

@@ -146,7 +146,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)  # eager, it would hold T x T scores
 
 
 def _eager_flex_attention(

@@ -20,7 +20,7 @@ from nsa.kernels.tile_sizes import Problem, Tile
 from nsa.kernels.tiles import attend_dkv_kernel, attend_dq_kernel, attend_fwd_kernel
 
 MAX_SPLITS = 16  # runs of tokens, each with a partial dK and dV
-RUN_ROWS = 2**15  # query rows of a run, about: few enough for the key tiles to keep pace
+RUN_ROWS = 2**14  # query rows of a run, about: few enough for the key tiles to keep pace
 
 
 @lru_cache

@@ -53,11 +53,12 @@ def block_fwd_kernel(
     token0 = (bj * T).to(tl.int32)  # as slots count
     row0 = b * T * H + j * R
     slot0 = (head0 * T + t0) * N  # the chunk's first
+    i = div_mod(tl.arange(0, ROWS), R)[0]
+    slot = tl.load(slots_ptr + lo + i, mask=lo + i < hi, other=0)
     for i0 in range(0, (hi - lo) * R, ROWS):
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < (hi - lo) * R
-        i, r = div_mod(offs_i, R)
-        slot = tl.load(slots_ptr + lo + i, mask=live, other=0)
+        r = div_mod(offs_i, R)[1]
         t = div_mod(slot, N)[0] - token0
         rows = row0 + t * H + r  # t * H: no memory holds 2**31 rows of one sequence
         q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
@@ -72,8 +73,11 @@ def block_fwd_kernel(
         norm = tl.where(norm > 0, norm, 1.0)  # a row that saw nothing: out 0, m and lse -inf
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         part = (slot - slot0).to(tl.int64) * R + r
-        store_rows(part_ptr, part, live, out * (1.0 / norm)[:, None], DV, BLOCK_DV)
+        store_rows(part_ptr, part, live, out * (1.0 / norm)[:, None], DV, BLOCK_DV, ".cs")
         tl.store(part_lse_ptr + part, m + tl.log2(norm), mask=live)
+        # A tile ahead: queries are gathered early only if their addresses are known by then.
+        i = div_mod(offs_i + ROWS, R)[0]
+        slot = tl.load(slots_ptr + lo + i, mask=lo + i < hi, other=0)
 
 
 @triton.jit(do_not_specialize=["head0"])

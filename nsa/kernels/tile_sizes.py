@@ -85,7 +85,11 @@ TILES = {
         Row(Tile(128, 64, 8, 3), width=128),
         Row(Tile(64, 32, 8, 2)),
     ),
-    "attend_dkv": (Row(Tile(64, 64, 4, 2), width=128), Row(Tile(32, 64, 8, 2))),
+    "attend_dkv": (
+        Row(Tile(32, 64, 4, 2), width=64, T=8192, rule="prefix"),
+        Row(Tile(64, 64, 4, 2), width=128),
+        Row(Tile(32, 64, 8, 2)),
+    ),
     "block_fwd": (
         Row(Tile(64, 0, 4, 2), width=64, block=32),
         Row(Tile(128, 0, 8, 3), width=64),
@@ -102,7 +106,7 @@ TILES = {
         Row(Tile(32, 0, 8, 2)),
     ),
     "select": (
-        Row(Tile(128, 128, 8, 2), width=128, R=1),
+        Row(Tile(128, 64, 4, 2), width=128, R=1),
         Row(Tile(64, 128, 4, 2), width=128),
         Row(Tile(64, 64, 4, 2)),
     ),
