@@ -36,6 +36,7 @@ PRODUCTS = [
     *own("attend", "attend_blocks", "attend_gated", "gathered_importance", "membership"),
 ]
 KEPT = {"none": None, "full": CHOICES, "selective": CHOICES + PRODUCTS}
+PROGRAMS = 8  # compiled for one kind of layer, at most
 COMPILE = ("auto", False, True, cuda_graphs.MODE)
 
 
@@ -83,6 +84,11 @@ def compile_blocks(model: Transformer, compile: bool | str) -> None:
     check_compile(compile)
     if not compile:
         return
+    # All blocks share one forward pass, of which Dynamo would keep 8 programs: too few for several
+    # kinds of layers in training, in validation and with a last batch that is smaller.
+    kinds = {type(block.attention) for block in model.blocks}
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(PROGRAMS * len(kinds), dynamo.recompile_limit)
     for block in model.blocks:
         if block._compiled_call_impl is None:
             block.compile(mode=compile if isinstance(compile, str) else None)

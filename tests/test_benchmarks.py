@@ -3,11 +3,12 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import attention, measure, plots, train_step, workers, workloads
+from benchmarks import attention, kernel_times, measure, plots, train_step, workers, workloads
 from nsa.config import NSAConfig
 
 CPU = torch.device("cpu")
@@ -172,3 +173,19 @@ def test_a_training_step_has_sane_numbers() -> None:
     assert row["tokens_per_second"] == pytest.approx(64 / (row["step_ms"] / 1e3))
     assert row["sizes"] == "w32 l8 d4 l'16 n4" and row["heads"] == 4
     json.dumps({**train_step.columns("tiny", job, options), **row})  # plain values only
+
+
+def test_kernels_are_added_up_by_name() -> None:
+    def event(name: str, microseconds: int, device: str = "CUDA", named: bool = False):
+        time = SimpleNamespace(elapsed_us=lambda: microseconds)
+        where = SimpleNamespace(name=device)
+        return SimpleNamespace(
+            name=name, device_type=where, time_range=time, is_user_annotation=named
+        )
+
+    events = [event("a", 600), event("b", 3000), event("a", 900), event("c", 9, "CPU")]
+    found = kernel_times.by_name([*events, event("all of it", 9000, named=True)])
+    assert [*found] == ["b", "a"]
+    assert found["a"] == pytest.approx((2 / kernel_times.CALLS, 1.5 / kernel_times.CALLS))
+    shown = kernel_times.show("forward", {"b": (1.0, 3.0), "a": (2.0, 1.5), "tiny": (1.0, 0.001)})
+    assert "forward: 4.50 ms" in shown and "2 x  a" in shown and "tiny" not in shown

@@ -30,7 +30,7 @@ CASES = {  # B, T, H, G, D, Dv, index heads, memories, config
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_it_is_the_sum_of_the_branches(case, tiles, monkeypatch):
     B, T, H, G, D, Dv, index_heads, memories, cfg = case
-    monkeypatch.setattr(selected, "prefers_tiles", lambda num_tokens, cfg: tiles)
+    monkeypatch.setattr(selected, "prefers_tiles", lambda *sizes: tiles)
     q, k_slc, v_slc = heads(B, T, T, H, G, D, Dv)
     q_rot, k_win, v_win = heads(B, T, T, H, G, D, Dv)
     _, k_cmp, v_cmp = heads(B, T, blocks.num_compress_blocks(T, cfg), H, G, D, Dv)
@@ -88,3 +88,34 @@ def test_shapes_that_do_not_fit_are_refused(changes, message, monkeypatch):
     indices = torch.zeros(1, 9, 1, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         ops.gated_attention(**tensors, block_indices=indices, cfg=cfg, backend="triton")
+
+
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "blocks"])
+def test_how_inputs_lie_in_memory_changes_nothing(tiles, monkeypatch):
+    """As [B, H, T, D] turned around, which is how other attention ops have them."""
+    monkeypatch.setattr(selected, "prefers_tiles", lambda *sizes: tiles)
+    cfg, B, T, H, G, D = config(), 2, 40, 4, 2, 16
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def results(form) -> list[torch.Tensor]:
+        q_, k_, v_, k_cmp_, v_cmp_, gates_ = (form(x) for x in inputs)
+        out_cmp, lse = kernels.compressed_attention(q_, k_cmp_, v_cmp_, cfg)
+        indices = form(kernels.select_blocks(q_, k_cmp_, form(lse), cfg))
+        out_slc = kernels.selected_attention(q_, k_, v_, indices, cfg)
+        out_win = kernels.sliding_window_attention(q_, k_, v_, cfg)
+        outs = [form(out) for out in (out_cmp, out_slc, out_win)]
+        known = outs[0], form(lse), q_, k_, v_, indices, k_, v_
+        return [
+            *(out_cmp, lse, indices, out_slc, out_win),
+            kernels.selected_importance(q_, k_cmp_, form(lse), indices, cfg),
+            kernels.combine(gates_, *outs),
+            kernels.gated_attention(gates_, q_, k_cmp_, v_cmp_, *known, cfg),
+        ]
+
+    q, k, v = (x.float() for x in heads(B, T, T, H, G, D, D))
+    _, k_cmp, v_cmp = heads(B, T, blocks.num_compress_blocks(T, cfg), H, G, D, D)
+    inputs = q, k, v, k_cmp.float(), v_cmp.float(), torch.rand(B, T, H, 3, device=DEVICE)
+    for got, want in zip(results(turned), results(lambda x: x), strict=True):
+        assert torch.equal(got, want)

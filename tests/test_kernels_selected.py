@@ -44,7 +44,7 @@ CASES = {  # B, T, H, G, D, Dv, index heads, config
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_selected(case, tiles, monkeypatch):
     B, T, H, G, D, Dv, index_heads, cfg = case
-    monkeypatch.setattr(selected, "prefers_tiles", lambda num_tokens, cfg: tiles)
+    monkeypatch.setattr(selected, "prefers_tiles", lambda *sizes: tiles)
     indices = random_blocks(B, T, index_heads, cfg)
     assert_no_worse(
         lambda q, k, v: kernels.selected_attention(q, k, v, indices, cfg),
@@ -84,8 +84,8 @@ def test_a_long_block_is_split():
 
 
 def test_the_table_takes_tiles_for_short_sequences():
-    assert selected.prefers_tiles(1024, config(16, 8))
-    assert not selected.prefers_tiles(65536, config(64, 16))
+    assert selected.prefers_tiles(1024, 4, 64, config(16, 8))
+    assert not selected.prefers_tiles(65536, 4, 64, config(64, 16))
 
 
 CHUNKS = {  # partial bytes: heads of a chunk, tokens of it, chunks

@@ -138,6 +138,45 @@ def test_a_compiler_sees_through_recomputation(runs: dict[str, Any]) -> None:
     assert_same(runs["dense_compiled"], runs["dense"])
 
 
+THREE_KINDS = """
+import torch
+from test_train import MODEL
+from torch import nn
+
+from nsa import parallel
+from nsa.transformer import Transformer
+
+programs = []
+compiled = nn.Module.compile
+def count(graph, inputs):
+    programs.append(graph)
+    return graph.forward
+
+nn.Module.compile = lambda block, mode: compiled(block, backend=count)
+kinds = {"layer_pattern": ["nsa", "window", "dense"], "depth": 3}
+model = Transformer(**{key: MODEL[key] for key in MODEL if key != "name"} | kinds)
+parallel.compile_blocks(model, True)
+tokens = torch.randint(MODEL["vocab_size"], (4, model.seq_len))
+model(tokens)[..., 0].sum().backward()
+with torch.no_grad():
+    model(tokens)
+    model(tokens[:3])
+print("programs:", len(programs))
+"""
+
+
+def test_layers_of_three_kinds_stay_compiled() -> None:
+    """In training, in validation, and with a smaller last batch: nine programs."""
+    done = subprocess.run(  # outside, since the run-time type checker of tests defies Dynamo
+        [sys.executable, "-c", THREE_KINDS],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert "programs: 9" in done.stdout, done.stderr
+
+
 def test_kernels_are_recomputed_compiled_and_sharded(runs: dict[str, Any]) -> None:
     assert_same(runs["triton_fsdp_compiled"], runs["triton"])
 

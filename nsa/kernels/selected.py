@@ -7,6 +7,8 @@ Blocks (block_order.py): each selection block is loaded once and meets the queri
 Best where a query keeps little of what it sees.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,6 +18,27 @@ from nsa.kernels.attend import attend
 from nsa.kernels.attend_blocks import attend_blocks
 from nsa.kernels.lists import membership
 from nsa.kernels.primitives import cdiv, operands, padded
+
+
+class TileReach(NamedTuple):
+    """Up to how many tokens tiles are taken, in multiples of those that a query keeps; where."""
+
+    times_kept: int
+    group: int = 2**31  # query heads that share a list, at most
+    width: int = 256  # padded head dimension, at most
+    length: int = 2**31  # tokens of a block, at most
+
+    def holds(self, group: int, width: int, length: int) -> bool:
+        return group <= self.group and width <= self.width and length <= self.length
+
+
+# The first row that holds. As measured on an H100 (README.md); blocks of few tokens are poor tiles
+# of their own, so they give up later.
+TILE_REACH = (
+    TileReach(16, length=31),
+    TileReach(8, width=64),
+    TileReach(4),
+)
 
 
 def longest_block(dtype: torch.dtype, D: int, DV: int) -> int:
@@ -45,7 +68,9 @@ def in_order(
 ) -> tuple[bool, Tensor, int]:
     """Whether to pass over tiles; the indices, and the length of a block, that the order takes."""
     indices, length = block_indices.int().contiguous(), cfg.selection_block_size
-    if indices.shape[-1] == 0 or (not gated and prefers_tiles(q.shape[1], cfg)):
+    group = q.shape[2] // indices.shape[2]
+    width = max(padded(q.shape[3]), padded(v.shape[3]))
+    if indices.shape[-1] == 0 or (not gated and prefers_tiles(q.shape[1], group, width, cfg)):
         return True, indices, length
     longest = longest_block(q.dtype, q.shape[3], v.shape[3])
     return False, *split_blocks(indices, length, longest, q.shape[1])
@@ -56,13 +81,14 @@ def num_words_of(k: Tensor, length: int) -> int:
     return cdiv(cdiv(k.shape[1], length), 32)
 
 
-def prefers_tiles(num_tokens: int, cfg: NSAConfig) -> bool:
+def prefers_tiles(num_tokens: int, group: int, width: int, cfg: NSAConfig) -> bool:
     """Whether a tile's queries keep so much of what they see that passing over all of it is best.
 
-    Blocks shorter than 32 tokens are poor tiles of their own, so they give up later.
+    group is the number of query heads that share a list, width the padded head dimension.
     """
-    reach = 4 if cfg.selection_block_size >= 32 else 16
-    return num_tokens <= max(2048, reach * cfg.num_selected_blocks * cfg.selection_block_size)
+    kept, length = cfg.num_selected_blocks * cfg.selection_block_size, cfg.selection_block_size
+    reach = next(row for row in TILE_REACH if row.holds(group, width, length))
+    return num_tokens <= max(2048, reach.times_kept * kept)
 
 
 def selected_attention(
