@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train sweep-report test test-gpu soak bench check fix clean
+.PHONY: help train sweep-report test test-gpu sanitize compile-oldest soak bench check fix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +27,17 @@ test: .venv/.installed ## run the tests that need no GPU
 test-gpu: .venv/.installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu
 
+sanitize: .venv/.installed ## run a small case of every kernel under NVIDIA's compute-sanitizer (needs a GPU)
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
+			$(BIN)/python -m benchmarks.check_kernels --check-one "100 tokens R3 D16" || exit 1; \
+	done
+
+compile-oldest: .venv/.installed ## compile every kernel with the oldest Triton that pyproject.toml allows
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton-oldest triton==3.6.0
+	PYTHONPATH=.triton-oldest $(BIN)/python -m benchmarks.compile_kernels --heads 64/4 --dim 128
+	PYTHONPATH=.triton-oldest $(BIN)/python -m benchmarks.compile_kernels --heads 8/4 --dim 64
+
 soak: .venv/.installed ## kill a run twenty times at random moments and compare its weights
 	$(BIN)/python tests/soak.py
 
@@ -43,4 +54,4 @@ fix: .venv/.installed ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environment and the caches
-	rm -rf .venv .ruff_cache .pytest_cache
+	rm -rf .venv .triton-oldest .ruff_cache .pytest_cache

@@ -97,6 +97,9 @@ CHECKS = {
     ),
 }  # fmt: skip
 
+FAILED: list[str] = []  # checks of this process
+
+
 # ---- checks ------------------------------------------------------------
 
 
@@ -125,6 +128,8 @@ def attempt(name: str, check: Callable[[], object]) -> None:
         line = check()
     except Exception as error:
         line = f"FAIL {type(error).__name__}: {str(error)[:300]}"
+    if "FAIL" in str(line):
+        FAILED.append(name)
     print(f"  {name:22s} {line}  ({time.time() - begin:.1f} s)", flush=True)
 
 
@@ -293,7 +298,8 @@ def main() -> None:
     if args.check_one:
         if args.check_one == "addresses":
             return check_addresses()
-        return check_case(CHECKS[args.check_one])
+        check_case(CHECKS[args.check_one])
+        sys.exit(bool(FAILED))
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     print(where, torch.__version__, triton.__version__, flush=True)
     names = [name for name in (*CHECKS, "addresses") if args.case in name]

@@ -35,6 +35,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int16: "*i16",
 }
 MATRIX = r"(?<=wgmma\.mma_async\.sync\.aligned\.)m\d+n\d+k\d+|(?<!a\.)\bmma\.sync"
 OPTIONS = ("num_warps", "num_stages")

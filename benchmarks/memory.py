@@ -38,7 +38,7 @@ class Allocation(NamedTuple):
 def allocations(layout: Layout, tokens: int) -> list[Allocation]:
     """Of a second step, in order."""
     w = Workload(layout, tokens, torch.bfloat16, torch.device("cpu"), "triton")
-    leaves = [x.requires_grad_() for x in (w.gates, w.q, *w.keys_and_values)]
+    leaves = [x.requires_grad_() for x in (w.gates, w.q, w.q_rot, *w.keys_and_values)]
 
     def step() -> None:
         out = nsa(w.ops, w.cfg, *leaves)

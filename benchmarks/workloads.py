@@ -67,6 +67,11 @@ class Workload:
         return self.new(self.layout.heads)
 
     @cached_property
+    def q_rot(self) -> Tensor:
+        """What the selected and the sliding branch take: in a layer, q rotated."""
+        return self.new(self.layout.heads)
+
+    @cached_property
     def keys_and_values(self) -> list[Tensor]:
         """k and v of the compressed, the selected and the sliding branch."""
         return [self.new(self.layout.kv_heads) for _ in range(6)]
@@ -135,7 +140,7 @@ class Item:
 
 
 def nsa(
-    backend: Any, cfg: NSAConfig, gates: Tensor, q: Tensor, *kv: Tensor, indices=None
+    backend: Any, cfg: NSAConfig, gates: Tensor, q: Tensor, q_rot: Tensor, *kv: Tensor, indices=None
 ) -> Tensor:
     """NSA from projected heads to the gated sum; `backend` is any namespace of the ops."""
     k_raw, v_raw, k_slc, v_slc, k_win, v_win = kv
@@ -146,13 +151,13 @@ def nsa(
         )
         if indices is None:
             indices = backend.select_blocks(q, k_cmp, lse, cfg)
-        rotated = q, k_slc, v_slc, indices, k_win, v_win
+        rotated = q_rot, k_slc, v_slc, indices, k_win, v_win
         return backend.gated_attention(gates, q, k_cmp, v_cmp, compressed, lse, *rotated, cfg)
     compressed, lse = backend.compressed_attention(q, k_cmp, v_cmp, cfg)
     if indices is None:
         indices = backend.select_blocks(q, k_cmp, lse, cfg)
-    selected = backend.selected_attention(q, k_slc, v_slc, indices, cfg)
-    sliding = backend.sliding_window_attention(q, k_win, v_win, cfg)
+    selected = backend.selected_attention(q_rot, k_slc, v_slc, indices, cfg)
+    sliding = backend.sliding_window_attention(q_rot, k_win, v_win, cfg)
     return backend.combine(gates, compressed, selected, sliding)
 
 
@@ -165,8 +170,8 @@ def whole(w: Workload) -> Item:
     def oracle(*inputs: Tensor) -> Tensor:
         return nsa(reference, w.cfg, *inputs, indices=w.indices)
 
-    inputs = (w.gates, w.q, *w.keys_and_values)
-    names = "out dgates dq dk_cmp dv_cmp dk_slc dv_slc dk_win dv_win"
+    inputs = (w.gates, w.q, w.q_rot, *w.keys_and_values)
+    names = "out dgates dq dq_rot dk_cmp dv_cmp dk_slc dv_slc dk_win dv_win"
     checks = [w.compare(op, oracle, inputs, names, order=order) for order in w.orders]
     return Item(op, inputs, [*select(w).checks, *checks])
 

@@ -8,7 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, kernel_times, measure, plots, train_step, workers, workloads
+from benchmarks import (
+    attention,
+    check_kernels,
+    kernel_times,
+    measure,
+    plots,
+    train_step,
+    workers,
+    workloads,
+)
 from nsa.config import NSAConfig
 
 CPU = torch.device("cpu")
@@ -189,3 +198,12 @@ def test_kernels_are_added_up_by_name() -> None:
     assert found["a"] == pytest.approx((2 / kernel_times.CALLS, 1.5 / kernel_times.CALLS))
     shown = kernel_times.show("forward", {"b": (1.0, 3.0), "a": (2.0, 1.5), "tiny": (1.0, 0.001)})
     assert "forward: 4.50 ms" in shown and "2 x  a" in shown and "tiny" not in shown
+
+
+def test_a_check_that_raises_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check_kernels, "FAILED", failed := [])
+    check_kernels.attempt("holds", lambda: "ok")
+    check_kernels.attempt("breaks", lambda: [][0])
+    assert failed == ["breaks"] and "FAIL IndexError" in capsys.readouterr().out

@@ -110,6 +110,23 @@ def test_every_slot_is_in_one_chunk(partial_bytes, monkeypatch):
     assert (met == 1).all()
 
 
+@pytest.mark.parametrize("num_tokens", [300, 33000], ids=["16-bit keys", "32-bit keys"])
+def test_a_list_holds_its_slots_in_order(num_tokens):
+    length = 8 if num_tokens == 300 else 1
+    q = torch.empty(1, num_tokens, 1, 16, dtype=torch.float16, device=DEVICE)
+    num_blocks = -(-num_tokens // length)
+    indices = torch.randint(num_blocks, (1, num_tokens, 1, 2), device=DEVICE, dtype=torch.int32)
+    indices[0, ::5, 0, 1] = -1
+    plan = lists.plan_work(q, indices, length, 16)
+    slots, starts = lists.sort_slots(indices, plan, num_blocks)
+    assert plan.chunks == 1 and starts.numel() == num_blocks + 1
+    listed = slots[: starts[-1]].long()
+    block = indices.flatten()[listed]
+    assert (block == torch.arange(num_blocks, device=DEVICE).repeat_interleave(starts.diff())).all()
+    assert ((listed.diff() > 0) | (block.diff() > 0)).all()
+    assert starts[0] == 0 and starts[-1] == (indices >= 0).sum()
+
+
 def test_too_many_slots_are_refused():
     q = torch.empty(1, device=DEVICE).expand(1, 2**20, 16, 16)
     indices = torch.empty(1, dtype=torch.int32, device=DEVICE).expand(1, 2**20, 16, 128)

@@ -128,7 +128,7 @@ def block_gradients(
                 slots, starts, ends, item_lists, shared_ends,
                 part_dq, part_dgate, part_dk, part_dv, dk, dv, T, num_blocks,
                 plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
-                **constants, GATES=gated,
+                **constants, GATES=gated, AHEAD=padded(max(D, DV)) <= 64,
                 ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             for part, total, W in ((part_dk, dk, D), (part_dv, dv, DV)):

@@ -25,6 +25,18 @@ from nsa.kernels.primitives import (
 )
 
 
+@triton.jit
+@no_type_check
+def load_slots(slots_ptr, lo, hi, offs_i, R: tl.constexpr):
+    """The slots of packed rows of an item.
+
+    For the tile after the one at work: its queries can be gathered early if their addresses are
+    known by then.
+    """
+    i = div_mod(offs_i, R)[0]
+    return tl.load(slots_ptr + lo + i, mask=lo + i < hi, other=0)
+
+
 @triton.jit(do_not_specialize=["chunk", "head0"])
 @no_type_check
 def block_fwd_kernel(
@@ -53,8 +65,7 @@ def block_fwd_kernel(
     token0 = (bj * T).to(tl.int32)  # as slots count
     row0 = b * T * H + j * R
     slot0 = (head0 * T + t0) * N  # the chunk's first
-    i = div_mod(tl.arange(0, ROWS), R)[0]
-    slot = tl.load(slots_ptr + lo + i, mask=lo + i < hi, other=0)
+    slot = load_slots(slots_ptr, lo, hi, tl.arange(0, ROWS), R)
     for i0 in range(0, (hi - lo) * R, ROWS):
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < (hi - lo) * R
@@ -73,11 +84,9 @@ def block_fwd_kernel(
         norm = tl.where(norm > 0, norm, 1.0)  # a row that saw nothing: out 0, m and lse -inf
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         part = (slot - slot0).to(tl.int64) * R + r
-        store_rows(part_ptr, part, live, out * (1.0 / norm)[:, None], DV, BLOCK_DV, ".cs")
+        store_rows(part_ptr, part, live, out * (1.0 / norm)[:, None], DV, BLOCK_DV)
         tl.store(part_lse_ptr + part, m + tl.log2(norm), mask=live)
-        # A tile ahead: queries are gathered early only if their addresses are known by then.
-        i = div_mod(offs_i + ROWS, R)[0]
-        slot = tl.load(slots_ptr + lo + i, mask=lo + i < hi, other=0)
+        slot = load_slots(slots_ptr, lo, hi, offs_i + ROWS, R)
 
 
 @triton.jit(do_not_specialize=["head0"])
@@ -141,7 +150,7 @@ def block_bwd_kernel(
     T, num_blocks, num_lists, chunk, head0, t0, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
-    GATES: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GATES: tl.constexpr, AHEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One work item: dQ (and the gate's gradient) into its slots; dK and dV of its block.
@@ -171,11 +180,13 @@ def block_bwd_kernel(
     token0 = (bj * T).to(tl.int32)  # as slots count
     row0 = b * T * H + j * R
     slot0 = (head0 * T + t0) * N  # the chunk's first
+    slot = load_slots(slots_ptr, lo, hi, tl.arange(0, ROWS), R)
     for i0 in range(0, (hi - lo) * R, ROWS):
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < (hi - lo) * R
         i, r = div_mod(offs_i, R)
-        slot = tl.load(slots_ptr + lo + i, mask=live, other=0)
+        if not AHEAD:  # wide heads leave no registers for the slots of two tiles
+            slot = tl.load(slots_ptr + lo + i, mask=live, other=0)
         t = div_mod(slot, N)[0] - token0
         rows = row0 + t * H + r  # t * H: no memory holds 2**31 rows of one sequence
         q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
@@ -196,6 +207,8 @@ def block_bwd_kernel(
         store_rows(part_dq_ptr, part, live, dq, D, BLOCK_D)
         if GATES:  # a factor on the row's scores: its gradient is the sum of dS * S, or Q * dQ
             tl.store(part_dgate_ptr + part, tl.sum(q.to(tl.float32) * dq, 1), mask=live)
+        if AHEAD:
+            slot = load_slots(slots_ptr, lo, hi, offs_i + ROWS, R)
     sums = (b * T + offs_s) * J + j  # rows of dk and dv
     if count == 1:
         dk = dk * scale + load_rows(dk_ptr, sums, offs_s < end, D, BLOCK_D)

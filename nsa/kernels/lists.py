@@ -56,7 +56,8 @@ def list_key_kernel(
     block = tl.load(indices_ptr + index, mask=slot < num_slots, other=-1)
     chunk = bj // chunk_heads * tl.cdiv(T, chunk_tokens) + t // chunk_tokens
     key = (chunk * chunk_heads + bj % chunk_heads) * num_blocks + block
-    tl.store(keys_ptr + slot, tl.where(block >= 0, key, last).to(tl.int32), mask=slot < num_slots)
+    key = tl.where(block >= 0, key, last).to(keys_ptr.dtype.element_ty)
+    tl.store(keys_ptr + slot, key, mask=slot < num_slots)
 
 
 @triton.jit
@@ -155,13 +156,14 @@ def sort_slots(block_indices: Tensor, plan: Plan, num_blocks: int) -> tuple[Tens
     """Slots [B*J*T*N] int32 in the order of their lists; where each list starts, int32."""
     _, T, J, N = block_indices.shape
     last = plan.chunks * plan.lists
-    keys = torch.empty(block_indices.numel(), dtype=torch.int32, device=block_indices.device)
+    dtype = torch.int16 if last < 2**15 else torch.int32  # half of the passes, where it suffices
+    keys = torch.empty(block_indices.numel(), dtype=dtype, device=block_indices.device)
     list_key_kernel[(cdiv(keys.numel(), 1024),)](
         block_indices, keys, keys.numel(), T, num_blocks, plan.heads, plan.tokens, last,
         J=J, N=N, SLOTS=1024, num_warps=4,
     )  # fmt: skip
     keys, slots = torch.sort(keys, stable=True)
-    lists = torch.arange(last + 1, dtype=torch.int32, device=keys.device)
+    lists = torch.arange(last + 1, dtype=dtype, device=keys.device)
     return slots.int(), torch.searchsorted(keys, lists, out_int32=True)
 
 

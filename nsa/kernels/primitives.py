@@ -41,16 +41,13 @@ def load_rows(ptr, rows, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def store_rows(
-    ptr, rows, live, x, D: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr = ""
-):  # fmt: skip
-    """The counterpart of load_rows; casts to the array's dtype. CACHE ".cs": to be read once."""
+def store_rows(ptr, rows, live, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The counterpart of load_rows; casts to the array's dtype."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = live[:, None]
     if D != BLOCK_D:
         mask = mask & (offs_d < D)[None, :]
-    ptrs = ptr + rows[:, None] * D + offs_d[None, :]
-    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask, cache_modifier=CACHE)
+    tl.store(ptr + rows[:, None] * D + offs_d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
