@@ -88,6 +88,15 @@ def test_the_table_takes_tiles_for_short_sequences():
     assert not selected.prefers_tiles(65536, 4, 64, config(64, 16))
 
 
+def test_the_first_row_that_holds_is_taken(monkeypatch):
+    rows = selected.TileReach(9, group=2), selected.TileReach(6, width=64), selected.TileReach(3)
+    monkeypatch.setattr(selected, "TILE_REACH", rows)
+    for group, width, times in ((2, 128, 9), (4, 64, 6), (4, 128, 3)):
+        for tokens in (times * 1024, times * 1024 + 1):
+            prefers = selected.prefers_tiles(tokens, group, width, config(64, 16))
+            assert prefers == (tokens == times * 1024)
+
+
 CHUNKS = {  # partial bytes: heads of a chunk, tokens of it, chunks
     1: (1, 64, 24),
     200 * 3 * 2 * 16 * 2: (1, 200, 6),

@@ -36,7 +36,6 @@ class TileReach(NamedTuple):
 # of their own, so they give up later.
 TILE_REACH = (
     TileReach(16, length=31),
-    TileReach(8, width=64),
     TileReach(4),
 )
 
