@@ -254,7 +254,7 @@ def check_addresses() -> None:
     half = tail // 2  # the rest of the tail looks back beyond it
     for name, a, b in (("out", out, want), ("dq", dq, dq_want)):
         error = (a[:, -half:].float() - b[:, -half:].float()).abs().max().item()
-        print(f"  {name:22s} {'ok  ' if error < 0.05 else 'FAIL'} error {error:.1e}", flush=True)
+        attempt(name, lambda error=error: f"{'ok  ' if error < 0.05 else 'FAIL'} error {error:.1e}")
 
 
 # ---- processes ------------------------------------------------------------
@@ -273,7 +273,7 @@ def run_alone(kind: str, name: str, stop: float) -> str:
         output, _ = process.communicate()
         end = f"  FAIL stopped after {time.time() - begin:.0f} s\n"
     lines = [line for line in output.splitlines() if line.startswith("  ")]
-    if end:
+    if end and not any("FAIL" in line for line in lines):
         lines += ["  | " + line for line in output.splitlines()[-6:]]
     return f"{name}  [{time.time() - begin:.0f} s]\n" + "\n".join(lines) + f"\n{end}"
 
@@ -297,8 +297,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.check_one:
         if args.check_one == "addresses":
-            return check_addresses()
-        check_case(CHECKS[args.check_one])
+            check_addresses()
+        else:
+            check_case(CHECKS[args.check_one])
         sys.exit(bool(FAILED))
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     print(where, torch.__version__, triton.__version__, flush=True)

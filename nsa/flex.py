@@ -25,6 +25,8 @@ TILE = 128  # FlexAttention skips tiles of TILE x TILE scores that a mask hides 
 # PyTorch would take its decoding kernel below 128 queries, which has no tiles for some lengths.
 TRAINING: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 
+PROGRAMS = 64  # compiled in one process, at most
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, key
 
 
@@ -146,7 +148,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, fullgraph=True)  # eager, it would hold T x T scores
+    # Eager, it would hold T x T scores: beyond so many masks, lengths and dtypes it raises instead.
+    torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def _eager_flex_attention(

@@ -84,14 +84,14 @@ def compile_blocks(model: Transformer, compile: bool | str) -> None:
     check_compile(compile)
     if not compile:
         return
-    # All blocks share one forward pass, of which Dynamo would keep 8 programs: too few for several
-    # kinds of layers in training, in validation and with a last batch that is smaller.
-    kinds = {type(block.attention) for block in model.blocks}
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(PROGRAMS * len(kinds), dynamo.recompile_limit)
-    for block in model.blocks:
-        if block._compiled_call_impl is None:
-            block.compile(mode=compile if isinstance(compile, str) else None)
+    new = [block for block in model.blocks if block._compiled_call_impl is None]
+    # The blocks of all models share one forward pass, of which Dynamo keeps 8 programs and runs the
+    # rest uncompiled: too few for several kinds of layers in training, in validation and with a
+    # last batch that is smaller.
+    kinds = {type(block.attention) for block in new}
+    torch._dynamo.config.recompile_limit += PROGRAMS * len(kinds)
+    for block in new:
+        block.compile(mode=compile if isinstance(compile, str) else None)
 
 
 def shard(model: Transformer, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:

@@ -206,4 +206,5 @@ def test_a_check_that_raises_is_a_failure(
     monkeypatch.setattr(check_kernels, "FAILED", failed := [])
     check_kernels.attempt("holds", lambda: "ok")
     check_kernels.attempt("breaks", lambda: [][0])
-    assert failed == ["breaks"] and "FAIL IndexError" in capsys.readouterr().out
+    check_kernels.attempt("is wrong", lambda: "FAIL out 2.00")
+    assert failed == ["breaks", "is wrong"] and "FAIL IndexError" in capsys.readouterr().out

@@ -127,6 +127,14 @@ def test_gates_are_refused() -> None:
         ops.selected_attention(q, k, v, indices, cfg, torch.ones(indices.shape), backend="flex")
 
 
+def test_many_masks_and_lengths_may_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)  # put back afterwards
+    flex._compiled_flex_attention.cache_clear()
+    flex._compiled_flex_attention()
+    assert torch._dynamo.config.recompile_limit >= flex.PROGRAMS > limit
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("num_tokens", [64, 100, 300])

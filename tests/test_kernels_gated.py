@@ -117,5 +117,15 @@ def test_how_inputs_lie_in_memory_changes_nothing(tiles, monkeypatch):
     q, k, v = (x.float() for x in heads(B, T, T, H, G, D, D))
     _, k_cmp, v_cmp = heads(B, T, blocks.num_compress_blocks(T, cfg), H, G, D, D)
     inputs = q, k, v, k_cmp.float(), v_cmp.float(), torch.rand(B, T, H, 3, device=DEVICE)
+    leaves = [x.requires_grad_() for x in inputs]
     for got, want in zip(results(turned), results(lambda x: x), strict=True):
         assert torch.equal(got, want)
+        if want.requires_grad:
+            upstream = torch.randn_like(want)
+            there = turned(upstream) if upstream.ndim == 4 else upstream
+            grads, others = (
+                torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)
+                for out, dout in ((want, upstream), (got, there))
+            )
+            for a, b in zip(others, grads, strict=True):
+                assert (a is None) == (b is None) and (a is None or torch.equal(a, b))

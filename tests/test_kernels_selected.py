@@ -88,6 +88,13 @@ def test_the_table_takes_tiles_for_short_sequences():
     assert not selected.prefers_tiles(65536, 4, 64, config(64, 16))
 
 
+def test_heads_wider_than_256_are_refused():
+    q, k, v = (x.float() for x in heads(1, 20, 20, 1, 1, 260, 16))
+    indices = random_blocks(1, 20, 1, config(16, 1))
+    with pytest.raises(ValueError, match="260 is above 256"):
+        kernels.selected_attention(q, k, v, indices, config(16, 1))
+
+
 def test_the_first_row_that_holds_is_taken(monkeypatch):
     rows = selected.TileReach(9, group=2), selected.TileReach(6, width=64), selected.TileReach(3)
     monkeypatch.setattr(selected, "TILE_REACH", rows)
@@ -119,7 +126,7 @@ def test_every_slot_is_in_one_chunk(partial_bytes, monkeypatch):
     assert (met == 1).all()
 
 
-@pytest.mark.parametrize("num_tokens", [300, 33000], ids=["16-bit keys", "32-bit keys"])
+@pytest.mark.parametrize("num_tokens", [300, 2**15 - 1, 2**15])  # 16-bit keys, twice; 32-bit keys
 def test_a_list_holds_its_slots_in_order(num_tokens):
     length = 8 if num_tokens == 300 else 1
     q = torch.empty(1, num_tokens, 1, 16, dtype=torch.float16, device=DEVICE)

@@ -30,8 +30,7 @@ from nsa.kernels.primitives import (
 def load_slots(slots_ptr, lo, hi, offs_i, R: tl.constexpr):
     """The slots of packed rows of an item.
 
-    For the tile after the one at work: its queries can be gathered early if their addresses are
-    known by then.
+    Called a tile ahead: queries can be gathered early only if their addresses are known by then.
     """
     i = div_mod(offs_i, R)[0]
     return tl.load(slots_ptr + lo + i, mask=lo + i < hi, other=0)
@@ -180,7 +179,7 @@ def block_bwd_kernel(
     token0 = (bj * T).to(tl.int32)  # as slots count
     row0 = b * T * H + j * R
     slot0 = (head0 * T + t0) * N  # the chunk's first
-    slot = load_slots(slots_ptr, lo, hi, tl.arange(0, ROWS), R)
+    slot = load_slots(slots_ptr, lo, hi, tl.arange(0, ROWS), R)  # unused if not AHEAD
     for i0 in range(0, (hi - lo) * R, ROWS):
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < (hi - lo) * R

@@ -25,7 +25,7 @@ class TileReach(NamedTuple):
 
     times_kept: int
     group: int = 2**31  # query heads that share a list, at most
-    width: int = 256  # padded head dimension, at most
+    width: int = 2**31  # padded head dimension, at most
     length: int = 2**31  # tokens of a block, at most
 
     def holds(self, group: int, width: int, length: int) -> bool:

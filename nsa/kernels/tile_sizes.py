@@ -99,7 +99,8 @@ TILES = {
         Row(Tile(32, 0, 8, 2)),
     ),
     "block_bwd": (
-        Row(Tile(64, 0, 4, 3), width=64),
+        Row(Tile(64, 0, 4, 3), width=64, block=64),
+        Row(Tile(64, 0, 4, 2), width=64),
         Row(Tile(64, 0, 4, 2), width=128, block=64),
         Row(Tile(64, 0, 8, 2), width=128),
         Row(Tile(32, 0, 4, 2), block=32),
