@@ -86,7 +86,9 @@ TILES = {
         Row(Tile(64, 32, 8, 2)),
     ),
     "attend_dkv": (
-        Row(Tile(32, 64, 4, 2), width=64, T=8192, rule="prefix"),
+        Row(Tile(64, 64, 4, 3), width=64),
+        Row(Tile(64, 64, 4, 2), width=128, rule="bits"),
+        Row(Tile(32, 64, 4, 3), width=128, R=1),
         Row(Tile(64, 64, 4, 2), width=128),
         Row(Tile(32, 64, 8, 2)),
     ),
@@ -101,6 +103,7 @@ TILES = {
     "block_bwd": (
         Row(Tile(64, 0, 4, 3), width=64, block=64),
         Row(Tile(64, 0, 4, 2), width=64),
+        Row(Tile(64, 0, 4, 3), width=128, R=1, block=64),
         Row(Tile(64, 0, 4, 2), width=128, block=64),
         Row(Tile(64, 0, 8, 2), width=128),
         Row(Tile(32, 0, 4, 2), block=32),
@@ -151,7 +154,7 @@ CANDIDATES = {
         *tiles((128,), (32, 64), (8, 2), (8, 3)),
     ],
     "attend_dkv": [
-        *tiles((32, 64), (64,), (4, 2), (8, 1)),
+        *tiles((32, 64), (64,), (4, 2), (4, 3), (8, 1)),
         *tiles((32, 64), (128,), (8, 1), (8, 2)),
         *tiles((128,), (64,), (8, 1)),
     ],
@@ -163,7 +166,6 @@ CANDIDATES = {
     "select": [
         *tiles((64, 128), (64,), (4, 2)),
         *tiles((64,), (128,), (4, 2)),
-        *tiles((64,), (128, 256), (8, 2)),
         *tiles((128,), (64, 128), (8, 2)),
         *tiles((256,), (64,), (8, 2)),
     ],
