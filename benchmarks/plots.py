@@ -221,7 +221,8 @@ def draw_whole(axis: Axes, rows: Rows, layout: str, column: str, scale: float = 
     for (op, backend), style in STYLES.items():
         tokens, values = xy(series(rows, layout, op, backend, column))
         if tokens:
-            axis.plot(tokens, [scale * value for value in values], **style)
+            shown = {"marker": "."} | style  # a lone point has no line
+            axis.plot(tokens, [scale * value for value in values], **shown)
 
 
 def xy(points: Series) -> tuple[list[int], list[float]]:
