@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -168,19 +169,20 @@ def draw(rows: Rows, docs: Path) -> list[Path]:
 
 
 def draw_times(rows: Rows) -> Figure:
-    """Above the whole op and its rivals, below the parts; a column for each head layout."""
+    """Above the whole op and its rivals, below the parts, if any; a column for each head layout."""
     layouts = layouts_in(rows)
-    figure, axes = panels(2, len(layouts), height=3.4)
-    for column, layout in enumerate(layouts):
-        draw_whole(axes[0][column], rows, layout, "step_ms")
-        for op, colour in zip(PARTS, PART_COLOURS, strict=True):
-            times = series(rows, layout, op, "triton", "step_ms")
-            axes[1][column].plot(*xy(times), color=colour, lw=1.6, marker="o", ms=3, label=op)
-        dress(axes[0][column], title=layout)
-        dress(axes[1][column])
+    with_parts = any(row["op"] in PARTS for row in rows)
+    figure, axes = panels(1 + with_parts, len(layouts), height=3.4)
+    for axis, layout in zip(axes[0], layouts, strict=True):
+        draw_whole(axis, rows, layout, "step_ms")
+        dress(axis, title=layout)
     axes[0][0].set_ylabel("ms, forward + backward")
-    axes[1][0].set_ylabel("parts of NSA, ms")
-    finish(figure, rows, "Time of one attention, batch 1", [axes[0][0], axes[1][0]])
+    if with_parts:
+        for axis, layout in zip(axes[1], layouts, strict=True):
+            draw_parts(axis, rows, layout)
+            dress(axis)
+        axes[1][0].set_ylabel("parts of NSA, ms")
+    finish(figure, rows, "Time of one attention, batch 1", axes)
     return figure
 
 
@@ -202,7 +204,7 @@ def draw_speed_ups(rows: Rows) -> Figure:
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes[0][0].set_ylabel("times as fast as dense cuDNN")
-    finish(figure, rows, "NSA over dense attention: where it begins to pay", axes[0])
+    finish(figure, rows, "NSA over dense attention: where it begins to pay", axes.T)
     return figure
 
 
@@ -213,8 +215,14 @@ def draw_memory(rows: Rows) -> Figure:
         draw_whole(axis, rows, layout, "peak_mib", scale=1 / 1024)
         dress(axis, title=layout)
     axes[0][0].set_ylabel("GiB above the inputs")
-    finish(figure, rows, "Peak memory of a forward and backward pass", [axes[0][0]])
+    finish(figure, rows, "Peak memory of a forward and backward pass", axes)
     return figure
+
+
+def draw_parts(axis: Axes, rows: Rows, layout: str) -> None:
+    for op, colour in zip(PARTS, PART_COLOURS, strict=True):
+        times = series(rows, layout, op, "triton", "step_ms")
+        axis.plot(*xy(times), color=colour, lw=1.6, marker="o", ms=3, label=op)
 
 
 def draw_whole(axis: Axes, rows: Rows, layout: str, column: str, scale: float = 1.0) -> None:
@@ -252,9 +260,14 @@ def dress(axis: Axes, *, title: str = "") -> None:
     axis.tick_params(labelsize=9)
 
 
-def finish(figure: Figure, rows: Rows, title: str, legends: Sequence[Axes]) -> None:
-    for axis in legends:
-        axis.legend(frameon=False, fontsize=8.5)
+def finish(figure: Figure, rows: Rows, title: str, runs: Sequence[Sequence[Axes]]) -> None:
+    """Title, and a legend in the first of each run of panels: of what any of them shows."""
+    for run in runs:
+        handles: dict[str, Any] = {}
+        for axis in run:
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        run[0].legend(list(handles.values()), list(handles), frameon=False, fontsize=8.5)
     row = rows[0]
     figure.suptitle(
         f"{title}\n{row['device']}, {row['dtype']}, {row['sizes']}, {row['date'][:10]}", fontsize=11

@@ -160,6 +160,14 @@ def test_pictures_and_table_come_from_the_rows_of_one_run(tmp_path: Path) -> Non
     assert "nothing drawn" in plots.report(rows, "2025", tmp_path / "none")
 
 
+def test_pictures_of_whole_ops_alone(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    measure.append(path, *(row for row in made_up_rows() if row["op"] not in plots.PARTS))
+    figure = plots.draw_times(measure.read(path))
+    assert len(figure.axes) == 2  # a panel for each head layout, none for parts
+    figure.savefig(tmp_path / "times.png")
+
+
 def test_where_it_begins_to_pay() -> None:
     assert plots.crossover({1024: 0.5, 4096: 2.0}) == pytest.approx(2048)
     assert plots.crossover({1024: 1.5, 4096: 2.0}) == 0
