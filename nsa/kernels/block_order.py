@@ -13,6 +13,15 @@ import triton
 import triton.language as tl
 
 from nsa.kernels.lists import find_item
+from nsa.kernels.parts import (
+    add_parts,
+    add_product,
+    inner_products,
+    load_parts,
+    store_part,
+    store_parts,
+    zero_parts,
+)
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -164,6 +173,9 @@ def block_bwd_kernel(
     if tl.program_id(0) >= tl.load(ends_ptr + num_lists - 1):
         return
     R: tl.constexpr = H // J
+    PART: tl.constexpr = 64 if BLOCK_D > 64 else BLOCK_D
+    PART_V: tl.constexpr = 64 if BLOCK_DV > 64 else BLOCK_DV
+    KEYS_FIRST: tl.constexpr = KEYS > 64  # which axis of scores: whatever spills less
     lst, place, count, lo, hi = find_item(
         item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM
     )
@@ -172,10 +184,10 @@ def block_bwd_kernel(
     offs_s = block * LENGTH + tl.arange(0, KEYS)
     end = tl.minimum((block + 1) * LENGTH, T)
     key_rows = (b * T + offs_s) * G + j // (J // G)
-    k = load_rows(k_ptr, key_rows, offs_s < end, D, BLOCK_D)  # [KEYS, BLOCK_D]
-    v = load_rows(v_ptr, key_rows, offs_s < end, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
-    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    k = load_parts(k_ptr, key_rows, offs_s < end, D, PART)  # parts of [KEYS, D]
+    v = load_parts(v_ptr, key_rows, offs_s < end, DV, PART_V)  # parts of [KEYS, DV]
+    dk = zero_parts(KEYS, D, PART)
+    dv = zero_parts(KEYS, DV, PART_V)
     token0 = (bj * T).to(tl.int32)  # as slots count
     row0 = b * T * H + j * R
     slot0 = (head0 * T + t0) * N  # the chunk's first
@@ -188,37 +200,51 @@ def block_bwd_kernel(
             slot = tl.load(slots_ptr + lo + i, mask=live, other=0)
         t = div_mod(slot, N)[0] - token0
         rows = row0 + t * H + r  # t * H: no memory holds 2**31 rows of one sequence
-        q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
-        dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
+        q = load_parts(q_ptr, rows, live, D, PART)  # parts of [ROWS, D]
+        dout = load_parts(dout_ptr, rows, live, DV, PART_V)  # parts of [ROWS, DV]
         lse2 = load_lse2(lse_ptr, rows, live)
-        delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [KEYS, ROWS]
-        seen = tl.broadcast_to((offs_s < end)[:, None], [KEYS, ROWS])
+        delta = tl.load(delta_ptr + rows, mask=live, other=0.0) * scale
+        if KEYS_FIRST:  # scores are [KEYS, ROWS]
+            s, dp = inner_products(k, q, PRECISION), inner_products(v, dout, PRECISION)
+            keys, tokens, lse2, delta = offs_s[:, None], t[None, :], lse2[None, :], delta[None, :]
+        else:  # [ROWS, KEYS]
+            s, dp = inner_products(q, k, PRECISION), inner_products(dout, v, PRECISION)
+            keys, tokens, lse2, delta = offs_s[None, :], t[:, None], lse2[:, None], delta[:, None]
+        seen = tl.broadcast_to(keys < end, s.shape)
         if CAUSAL:
-            seen = seen & (offs_s[:, None] <= t[None, :])
-        p = tl.where(seen, tl.exp2(s - lse2[None, :]), 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * scale
+            seen = seen & (keys <= tokens)
+        p = tl.where(seen, tl.exp2(s * (scale * LOG2E) - lse2), 0.0)
+        ds = (p * (dp * scale - delta)).to(k[0].dtype)
+        p = p.to(v[0].dtype)
+        if KEYS_FIRST:
+            dv = add_product(dv, p, dout, PRECISION)
+            dk = add_product(dk, ds, q, PRECISION)
+            ds = tl.trans(ds)
+        else:
+            dv = add_product(dv, tl.trans(p), dout, PRECISION)
+            dk = add_product(dk, tl.trans(ds), q, PRECISION)
         part = (slot - slot0).to(tl.int64) * R + r
-        store_rows(part_dq_ptr, part, live, dq, D, BLOCK_D)
-        if GATES:  # a factor on the row's scores: its gradient is the sum of dS * S, or Q * dQ
-            tl.store(part_dgate_ptr + part, tl.sum(q.to(tl.float32) * dq, 1), mask=live)
+        dgate = tl.zeros([ROWS], tl.float32)
+        for i in tl.static_range(len(k)):  # one part after the other: fewer registers
+            dq = tl.dot(ds, k[i], input_precision=PRECISION)
+            store_part(part_dq_ptr, part, live, dq, i, D, PART)
+            if GATES:  # a factor on a row's scores: its gradient is the sum of dS * S, or Q * dQ
+                dgate += tl.sum(q[i].to(tl.float32) * dq, 1)
+        if GATES:
+            tl.store(part_dgate_ptr + part, dgate, mask=live)
         if AHEAD:
             slot = load_slots(slots_ptr, lo, hi, offs_i + ROWS, R)
     sums = (b * T + offs_s) * J + j  # rows of dk and dv
     if count == 1:
-        dk = dk * scale + load_rows(dk_ptr, sums, offs_s < end, D, BLOCK_D)
-        dv += load_rows(dv_ptr, sums, offs_s < end, DV, BLOCK_DV)
-        store_rows(dk_ptr, sums, offs_s < end, dk, D, BLOCK_D)
-        store_rows(dv_ptr, sums, offs_s < end, dv, DV, BLOCK_DV)
+        dk = add_parts(dk, load_parts(dk_ptr, sums, offs_s < end, D, PART))
+        dv = add_parts(dv, load_parts(dv_ptr, sums, offs_s < end, DV, PART_V))
+        store_parts(dk_ptr, sums, offs_s < end, dk, D, PART)
+        store_parts(dv_ptr, sums, offs_s < end, dv, DV, PART_V)
     else:
         part_block = (tl.load(shared_ends_ptr + lst) - count + place).to(tl.int64)
         part_rows = part_block * LENGTH + tl.arange(0, KEYS)
-        store_rows(part_dk_ptr, part_rows, offs_s < end, dk * scale, D, BLOCK_D)
-        store_rows(part_dv_ptr, part_rows, offs_s < end, dv, DV, BLOCK_DV)
+        store_parts(part_dk_ptr, part_rows, offs_s < end, dk, D, PART)
+        store_parts(part_dv_ptr, part_rows, offs_s < end, dv, DV, PART_V)
 
 
 @triton.jit(do_not_specialize=["chunk", "head0"])
