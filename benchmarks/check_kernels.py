@@ -22,7 +22,7 @@ from torch import Tensor
 
 import nsa.kernels as kernels
 from benchmarks.judge import judge, judge_selection, loop_order
-from nsa import blocks, reference, rotary
+from nsa import blocks, pooling, reference, rotary
 from nsa.config import NSAConfig
 from nsa.kernels import lists
 from nsa.rotary import rotary_angles
@@ -148,6 +148,14 @@ def check_case(case: Case) -> None:
         (q, k_cmp, v_cmp, *memories),
         "out lse dq dk dv" + (" dmem_k dmem_v" if memories else ""),
     )
+    if cfg.compress_block_size <= case.T:
+        compare(
+            "block means",
+            lambda k: kernels.block_means(k, cfg),
+            lambda k: pooling.block_means(k, cfg),
+            (k,),
+            "out dk",
+        )
     compare(
         "window",
         lambda q, k, v: kernels.sliding_window_attention(q, k, v, cfg),

@@ -5,6 +5,7 @@ its sliding-window and dense counterparts. Letters as in `nsa.reference`; M is t
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -144,10 +145,12 @@ class SparseAttention(nn.Module):
         cfg, groups, width = self.cfg, self.kv_heads, self.dim_head
         # Compressed keys that only rank blocks have no gradient: no positions then.
         learns = self.compressed_output or self.use_diff_topk
-        self.compress_k = BlockCompressor(phi, cfg, groups, width, positions=learns)
+        means = partial(ops.block_means, backend=self.backend)
+        build = partial(BlockCompressor, phi, cfg, groups, width, means=means)
+        self.compress_k = build(positions=learns)
         self.compress_v = self.mem_k = self.mem_v = None
         if self.compressed_output:
-            self.compress_v = BlockCompressor(phi, cfg, groups, width, positions=True)
+            self.compress_v = build(positions=True)
         if num_memories:
             self.mem_k = nn.Parameter(torch.randn(groups, num_memories, width) * 0.02)
             self.mem_v = nn.Parameter(torch.randn(groups, num_memories, width) * 0.02)

@@ -6,6 +6,7 @@ to [b h w d]; any module that does so can be `compress_mlp`. Below, D is `dim_he
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from nsa import blocks
 from nsa.config import NSAConfig
+from nsa.pooling import block_means
 
 
 class MeanPool(nn.Module):
@@ -153,49 +155,26 @@ class _CompressLayer(nn.Module):
         return x + self.feed_forward(x)
 
 
-class _BlockMeans(torch.autograd.Function):
-    """`block_means`. A token gets 1/l of the gradient of each block over it, written once.
-
-    Block c covers the strides c ... c + l/d - 1, and the first l % d tokens of one more.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, size: int, stride: int) -> Tensor:
-        ctx.sizes = size, stride, x.shape[1]
-        return x.unfold(1, size, stride).mean(-1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        size, stride, num_tokens = ctx.sizes
-        whole, rest = divmod(size, stride)
-        strides = -(-num_tokens // stride)
-        B, C, *features = grad.shape
-        share = F.pad(grad / size, (0, 0, 0, 0, whole, strides - C))  # [B whole+strides G D]
-        covering = share[:, 1:].unfold(1, whole, 1).sum(-1).to(grad.dtype)  # [B strides G D]
-        dx = grad.new_empty(B, strides, stride, *features)
-        dx[:, :, rest:] = covering[:, :, None]
-        if rest:
-            dx[:, :, :rest] = (covering + share[:, :strides])[:, :, None]
-        return dx.flatten(1, 2)[:, :num_tokens], None, None
-
-
-def block_means(x: Float[Tensor, "B T G D"], cfg: NSAConfig) -> Float[Tensor, "B C G D"]:
-    """The mean of each compressed block, for at least l tokens; its windows are never stored."""
-    return _BlockMeans.apply(x, cfg.compress_block_size, cfg.compress_block_sliding_stride)
-
-
 class BlockCompressor(nn.Module):
     """Folds keys or values into one per compressed block (eq. 7): φ(tokens of a block + positions).
 
     `network` is copied, so that keys and values each train their own. `positions`: add a learned
-    vector for each place in a block and each key/value head.
+    vector for each place in a block and each key/value head. `means` is what
+    stands for `MeanPool`, without windows.
     """
 
     def __init__(
-        self, network: nn.Module, cfg: NSAConfig, kv_heads: int, dim_head: int, *, positions: bool
+        self,
+        network: nn.Module,
+        cfg: NSAConfig,
+        kv_heads: int,
+        dim_head: int,
+        *,
+        positions: bool,
+        means: Callable[[Tensor, NSAConfig], Tensor] = block_means,
     ) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.means = cfg, means
         self.network = copy.deepcopy(network)
         shape = (kv_heads, 1, cfg.compress_block_size, dim_head)
         self.positions = nn.Parameter(torch.zeros(shape)) if positions else None
@@ -211,7 +190,7 @@ class BlockCompressor(nn.Module):
 
     def _compress(self, x: Float[Tensor, "B T G D"]) -> Float[Tensor, "B C G D"]:
         if type(self.network) is MeanPool:
-            means = block_means(x, self.cfg)
+            means = self.means(x, self.cfg)
             if self.positions is None:
                 return means
             return means + reduce(self.positions, "G 1 l D -> G D", "mean").to(x.dtype)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nsa import blocks, flex, local, reference, rotary
+from nsa import blocks, flex, local, pooling, reference, rotary
 from nsa.config import NSAConfig
 
 
@@ -22,6 +22,7 @@ from nsa.config import NSAConfig
 class Backend:
     """One implementation of every op; `lacks` maps an option it cannot do to the reason."""
 
+    block_means: Callable[..., Tensor]
     compressed_attention: Callable[..., tuple[Tensor, Tensor]]
     select_blocks: Callable[..., Tensor]
     selected_importance: Callable[..., Tensor]
@@ -34,6 +35,7 @@ class Backend:
 
 
 REFERENCE = Backend(
+    block_means=pooling.block_means,
     compressed_attention=reference.compressed_attention,
     select_blocks=reference.select_blocks,
     selected_importance=reference.selected_importance,
@@ -58,6 +60,7 @@ if find_spec("triton"):
     from nsa import kernels
 
     BACKENDS["triton"] = Backend(
+        block_means=kernels.block_means,
         compressed_attention=kernels.compressed_attention,
         select_blocks=kernels.select_blocks,
         selected_importance=kernels.selected_importance,
@@ -112,6 +115,18 @@ def _chosen(backend: str, q: Tensor) -> Backend:
             f"there, or build with backend='reference'"
         )
     return BACKENDS[backend]
+
+
+def block_means(
+    x: Float[Tensor, "B T G D"], cfg: NSAConfig, *, backend: str = "reference"
+) -> Float[Tensor, "B C G D"]:
+    """See `pooling.block_means`."""
+    if x.shape[1] < cfg.compress_block_size:
+        raise ValueError(
+            f"{x.shape[1]} tokens have no block of compress_block_size={cfg.compress_block_size}: "
+            "pad them to one"
+        )
+    return _chosen(backend, x).block_means(x, cfg)
 
 
 def compressed_attention(

@@ -14,10 +14,10 @@ from nsa.compress_networks import (
     GroupedMLP,
     MeanPool,
     SingleProjection,
-    block_means,
     build_compress_network,
 )
 from nsa.config import NSAConfig
+from nsa.pooling import block_means
 
 HEADS, L, D = 2, 6, 8
 NETWORKS = {

@@ -19,6 +19,7 @@ ABOVE = {  # each module of the tower may import the ones below it only
     "flex": {"reference", "kernels", "local", "ops", "attention", "compress_networks"},
     "local": {"reference", "kernels", "flex", "ops", "attention", "compress_networks"},
     "compress_networks": {"reference", "kernels", "flex", "local", "ops", "attention"},
+    "pooling": {"reference", "kernels", "flex", "local", "ops", "attention", "compress_networks"},
     "ops": {"attention", "compress_networks"},
     "attention": {"reference", "kernels", "flex", "local"},
     "transformer": {"ops", "reference", "kernels", "flex", "local", "parallel"},

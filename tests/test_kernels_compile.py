@@ -60,6 +60,7 @@ def test_ops_are_what_pytorch_takes_them_for():
     for op, arguments in (
         (torch.ops.nsa.attend, (q, k, v, None, "band", True, 8, 1, 0)),
         (torch.ops.nsa.turn, (q, angles, False)),
+        (torch.ops.nsa.mean_pool, (k, 6, 4)),
     ):
         torch.library.opcheck(op.default, arguments)
 

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from nsa.attention import SparseAttention, WindowAttention
+from nsa.compress_networks import MeanPool
 
 SIZES = dict(
     dim=32,
@@ -26,6 +27,7 @@ OPTIONS = {
     "per head": {"query_heads_share_selected_kv": False, "kv_per_branch": False},
     "acausal": {"causal": False, "importance": "logit_mean"},
     "no selection": {"num_selected_blocks": 0},
+    "mean pool": {"compress_mlp": MeanPool()},
 }
 
 

@@ -87,6 +87,7 @@ def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(ops.BACKENDS, "recorder", recorder)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # names are no tensors
     calls = {
+        "block_means": (K, CFG),
         "compressed_attention": (Q, K_CMP, K_CMP, CFG, None, None),
         "select_blocks": (Q, K_CMP, LSE, CFG, True),
         "selected_importance": (Q, K_CMP, LSE, INDICES, CFG),
@@ -114,6 +115,7 @@ def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda: ops.sliding_window_attention(Q, K, K[:, :4], CFG), "v has shape .2, 4, 2, 8."),
         (lambda: ops.sliding_window_attention(Q[:, :, :3], K, K, CFG), "q has 3 heads and k 2"),
         (lambda: ops.sliding_window_attention(Q[:, :5], K, K, CFG), "k has 9 tokens and q 5"),
+        (lambda: ops.block_means(K[:, :1], CFG), "1 tokens have no block of compress_block_size="),
         (lambda: ops.compressed_attention(Q, K, K, CFG), "k_cmp has 9 compressed blocks: 9 tok"),
         (
             lambda: ops.compressed_attention(Q, K_CMP, K_CMP, CFG, mem_k=torch.randn(2, 1, 8)),

@@ -9,11 +9,13 @@ from nsa.kernels.compressed import compressed_attention
 from nsa.kernels.gated import gated_attention
 from nsa.kernels.gathered import selected_importance
 from nsa.kernels.importance import select_blocks
+from nsa.kernels.pooling import block_means
 from nsa.kernels.rotary import rotate
 from nsa.kernels.selected import selected_attention
 from nsa.kernels.window import sliding_window_attention
 
 __all__ = [
+    "block_means",
     "combine",
     "compressed_attention",
     "gated_attention",

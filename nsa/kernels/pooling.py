@@ -1,0 +1,124 @@
+"""Means of compressed blocks (eq. 7 with the mean for φ), one pass forward and one backward."""
+
+# pyright: reportCallIssue=false
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from nsa.config import NSAConfig
+from nsa.kernels.op import custom_op, register_autograd, register_fake
+from nsa.kernels.primitives import cdiv
+
+ROWS, WIDTH = 32, 128  # rows of a program, blocks or tokens, and the features it takes of them
+
+
+@triton.jit
+@no_type_check
+def tile_of(num_rows, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A program's sequence, its ROWS rows, and its WIDTH features."""
+    tiles, parts = tl.cdiv(num_rows, ROWS), tl.cdiv(F, WIDTH)
+    part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts
+    rows = tile % tiles * ROWS + tl.arange(0, ROWS)
+    return (tile // tiles).to(tl.int64), rows, (part * WIDTH + tl.arange(0, WIDTH))[None, :]
+
+
+@triton.jit
+@no_type_check
+def block_means_kernel(
+    x_ptr, means_ptr, T, C,
+    F: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS blocks of one sequence: the mean of their SIZE tokens."""
+    b, c, features = tile_of(C, F, ROWS, WIDTH)
+    live = (c < C)[:, None] & (features < F)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i in range(SIZE):
+        rows = b * T + c * STRIDE + i
+        total += tl.load(x_ptr + rows[:, None] * F + features, mask=live, other=0.0).to(tl.float32)
+    means = (total / SIZE).to(means_ptr.dtype.element_ty)
+    tl.store(means_ptr + (b * C + c)[:, None] * F + features, means, mask=live)
+
+
+@triton.jit
+@no_type_check
+def block_means_bwd_kernel(
+    dmeans_ptr, dx_ptr, T, C,
+    F: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one sequence: 1/l of the gradient of each block over them."""
+    b, t, features = tile_of(T, F, ROWS, WIDTH)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for back in tl.static_range((SIZE + STRIDE - 1) // STRIDE):
+        c = t // STRIDE - back
+        over = (c >= 0) & (c < C) & (t < c * STRIDE + SIZE)
+        rows = b * C + c
+        part = tl.load(
+            dmeans_ptr + rows[:, None] * F + features,
+            mask=over[:, None] & (features < F), other=0.0,
+        )  # fmt: skip
+        total += part.to(tl.float32)
+    dx = (total / SIZE).to(dx_ptr.dtype.element_ty)
+    live = (t < T)[:, None] & (features < F)
+    tl.store(dx_ptr + (b * T + t)[:, None] * F + features, dx, mask=live)
+
+
+def launch(kernel, source: Tensor, out: Tensor, T: int, C: int, size: int, stride: int) -> None:
+    B, num_rows, G, D = out.shape
+    with torch.cuda.device_of(out):
+        kernel[(B * cdiv(num_rows, ROWS) * cdiv(G * D, WIDTH),)](
+            source, out, T, C, F=G * D, SIZE=size, STRIDE=stride,
+            ROWS=ROWS, WIDTH=WIDTH, num_warps=4,
+        )  # fmt: skip
+
+
+@custom_op
+def mean_pool(x: Tensor, size: int, stride: int) -> Tensor:
+    B, T, G, D = x.shape
+    C = (T - size) // stride + 1
+    means = torch.empty(B, C, G, D, dtype=x.dtype, device=x.device)
+    launch(block_means_kernel, x, means, T, C, size, stride)
+    return means
+
+
+@custom_op
+def mean_pool_backward(dmeans: Tensor, num_tokens: int, size: int, stride: int) -> Tensor:
+    B, C, G, D = dmeans.shape
+    dx = torch.empty(B, num_tokens, G, D, dtype=dmeans.dtype, device=dmeans.device)
+    launch(block_means_bwd_kernel, dmeans, dx, num_tokens, C, size, stride)
+    return dx
+
+
+@register_fake(mean_pool)
+def _(x, size, stride):
+    B, T, G, D = x.shape
+    return x.new_empty(B, (T - size) // stride + 1, G, D)
+
+
+@register_fake(mean_pool_backward)
+def _(dmeans, num_tokens, size, stride):
+    B, _, G, D = dmeans.shape
+    return dmeans.new_empty(B, num_tokens, G, D)
+
+
+def _save(ctx, inputs, output):
+    x, *ctx.sizes = inputs
+    ctx.num_tokens = x.shape[1]
+
+
+def _backward(ctx, dmeans):
+    return mean_pool_backward(dmeans.contiguous(), ctx.num_tokens, *ctx.sizes), None, None
+
+
+register_autograd(mean_pool, _backward, setup_context=_save)
+
+
+def block_means(x: Float[Tensor, "B T G D"], cfg: NSAConfig) -> Float[Tensor, "B C G D"]:
+    """The mean of each compressed block, for at least l tokens, summed in float32."""
+    return mean_pool(x.contiguous(), cfg.compress_block_size, cfg.compress_block_sliding_stride)
