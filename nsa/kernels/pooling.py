@@ -14,7 +14,7 @@ from nsa.config import NSAConfig
 from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import cdiv
 
-ROWS, WIDTH = 32, 128  # rows of a program, blocks or tokens, and the features it takes of them
+BLOCKS, TOKENS, WIDTH = 8, 32, 128  # of a program forward, backward; the features it takes of them
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def block_means_kernel(
     b, c, features = tile_of(C, F, ROWS, WIDTH)
     live = (c < C)[:, None] & (features < F)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i in range(SIZE):
+    for i in tl.static_range(SIZE):  # no turn waits for the one before: all loads at once
         rows = b * T + c * STRIDE + i
         total += tl.load(x_ptr + rows[:, None] * F + features, mask=live, other=0.0).to(tl.float32)
     means = (total / SIZE).to(means_ptr.dtype.element_ty)
@@ -69,12 +69,14 @@ def block_means_bwd_kernel(
     tl.store(dx_ptr + (b * T + t)[:, None] * F + features, dx, mask=live)
 
 
-def launch(kernel, source: Tensor, out: Tensor, T: int, C: int, size: int, stride: int) -> None:
+def launch(
+    kernel, rows: int, source: Tensor, out: Tensor, T: int, C: int, size: int, stride: int
+) -> None:
     B, num_rows, G, D = out.shape
     with torch.cuda.device_of(out):
-        kernel[(B * cdiv(num_rows, ROWS) * cdiv(G * D, WIDTH),)](
+        kernel[(B * cdiv(num_rows, rows) * cdiv(G * D, WIDTH),)](
             source, out, T, C, F=G * D, SIZE=size, STRIDE=stride,
-            ROWS=ROWS, WIDTH=WIDTH, num_warps=4,
+            ROWS=rows, WIDTH=WIDTH, num_warps=4,
         )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def mean_pool(x: Tensor, size: int, stride: int) -> Tensor:
     B, T, G, D = x.shape
     C = (T - size) // stride + 1
     means = torch.empty(B, C, G, D, dtype=x.dtype, device=x.device)
-    launch(block_means_kernel, x, means, T, C, size, stride)
+    launch(block_means_kernel, BLOCKS, x, means, T, C, size, stride)
     return means
 
 
@@ -91,7 +93,7 @@ def mean_pool(x: Tensor, size: int, stride: int) -> Tensor:
 def mean_pool_backward(dmeans: Tensor, num_tokens: int, size: int, stride: int) -> Tensor:
     B, C, G, D = dmeans.shape
     dx = torch.empty(B, num_tokens, G, D, dtype=dmeans.dtype, device=dmeans.device)
-    launch(block_means_bwd_kernel, dmeans, dx, num_tokens, C, size, stride)
+    launch(block_means_bwd_kernel, TOKENS, dmeans, dx, num_tokens, C, size, stride)
     return dx
 
 

@@ -103,7 +103,7 @@ TILES = {
     "block_bwd": (
         Row(Tile(64, 0, 4, 3), width=64, block=64),
         Row(Tile(64, 0, 4, 2), width=64),
-        Row(Tile(64, 0, 4, 3), width=128, R=1, block=64),
+        Row(Tile(64, 0, 4, 3), width=128, R=8, block=64),
         Row(Tile(64, 0, 4, 2), width=128, block=64),
         Row(Tile(64, 0, 8, 2), width=128),
         Row(Tile(32, 0, 4, 2), block=32),
