@@ -24,10 +24,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import nsa.kernels as kernels
 from nsa.config import NSAConfig
-from nsa.kernels import autotune, selected, tile_sizes
+from nsa.kernels import attend, autotune, descriptors, selected, tile_sizes
 from nsa.kernels.tile_sizes import Problem, Tile, candidates
 
 POINTERS = {
@@ -71,6 +72,9 @@ def as_source(kernel: JITFunction, values: dict) -> ASTSource:
             or (specialised and type(value) is int and value == 1)
         ):
             signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            dtype = POINTERS[value.base.dtype].removeprefix("*")
+            signature[param.name] = f"tensordesc<{dtype}{value.block_shape}>"
         elif isinstance(value, Tensor):
             signature[param.name] = POINTERS[value.dtype]
             aligned[(position,)] = [["tt.divisibility", 16]]
@@ -203,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     H, G = map(int, args.heads.split("/"))
     limit = {80: 163, 86: 99, 89: 99, 90: 227}[args.arch] * 1024
     tile_sizes.shared_memory = lambda device: limit
-    tile_sizes.capability = lambda device: args.arch
+    tile_sizes.capability = descriptors.capability = lambda device: args.arch
+    attend.DESCRIBED_ROWS = 0  # as of long sequences
     if args.candidates:
         autotune.choose = every_candidate
     compile_instead(args.arch, args.kernel, set(), report)

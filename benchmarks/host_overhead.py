@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.layer import HEADS, KV_HEADS, SIZES
 from nsa.attention import SparseAttention
 from nsa.compress_networks import build_compress_network
-from nsa.kernels import attend
+from nsa.kernels import attend, descriptors
 
 KERNEL = type(attend.attend_fwd_kernel)  # compiled for a GPU, or interpreted
 LAUNCH = "launch "  # before a kernel's name in a profile
@@ -101,6 +101,7 @@ def no_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, TRITON_INTERPRET="1"))  # `ops` lets a CPU pass
         stack.enter_context(patch.object(attend, "num_multiprocessors", lambda device: 132))
+        stack.enter_context(patch.object(descriptors, "capability", lambda device: 90))
         if KERNEL is JITFunction:
             driver.set_active(H100())
             if torch.cuda.is_available():  # elsewhere there is none to go back to

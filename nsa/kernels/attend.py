@@ -3,11 +3,13 @@
 # pyright: reportCallIssue=false
 
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsa.kernels.autotune import with_tile
+from nsa.kernels.descriptors import as_tiles
 from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import (
     cdiv,
@@ -20,6 +22,7 @@ from nsa.kernels.tile_sizes import Problem, Tile
 from nsa.kernels.tiles import attend_dkv_kernel, attend_dq_kernel, attend_fwd_kernel
 
 MAX_SPLITS = 16  # runs of tokens, each with a partial dK and dV
+DESCRIBED_ROWS = 2**18  # query rows from which on tiles are described
 RUN_ROWS = 2**14  # query rows of a run, about: few enough for the key tiles to keep pace
 
 
@@ -52,11 +55,13 @@ def attend(
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
         lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+        keys = key_tile(tile.keys, rule, span)
+        described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
         attend_fwd_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
-            q, k, v, words, out, lse, T, S, num_words(words), D**-0.5,
+            q, k_tiles, v_tiles, words, out, lse, T, S, num_words(words), D**-0.5,
             **sizes(H, G, J, D, DV),
             RULE=rule, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory,
-            ROWS=tile.rows, KEYS=key_tile(tile.keys, rule, span), PRECISION=precision(),
+            ROWS=tile.rows, KEYS=keys, DESCRIBED=described, PRECISION=precision(),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out, lse
@@ -111,9 +116,12 @@ def gradients(
     def launch_dq(tile: Tile, onto: Tensor | None = None) -> tuple[Tensor, Tensor]:
         dq = torch.empty_like(q) if onto is None else onto
         row_delta = torch.empty_like(lse) if delta is None else delta
+        keys = key_tile(tile.keys, name, span)
+        described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
         attend_dq_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
-            q, k, v, words, out, dout, lse, dlse, row_delta, dq, *scalars, D**-0.5, **constants,
-            ROWS=tile.rows, KEYS=key_tile(tile.keys, name, span), ADD=onto is not None,
+            q, k_tiles, v_tiles, words, out, dout, lse, dlse, row_delta, dq, *scalars, D**-0.5,
+            **constants,
+            ROWS=tile.rows, KEYS=keys, ADD=onto is not None, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return dq, row_delta
@@ -123,9 +131,11 @@ def gradients(
         programs = cdiv(S, keys) * B * J
         splits = num_splits(programs, T * H // J, name, q.device)
         dk, dv = (partial_like(x, splits, J) for x in (k, v))
+        described, q_tiles, dout_tiles = streamed(q, tile.rows, H // J, q, dout)
         attend_dkv_kernel[(programs * splits,)](
-            q, k, v, words, dout, lse, row_delta, dk, dv, *scalars, B, splits, D**-0.5, **constants,
-            ROWS=tile.rows, KEYS=keys, num_warps=tile.warps, num_stages=tile.stages,
+            q_tiles, k, v, words, dout_tiles, lse, row_delta, dk, dv, *scalars, B, splits, D**-0.5,
+            **constants, ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return summed(dk, k), summed(dv, v)
 
@@ -139,6 +149,13 @@ def gradients(
 def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, rule: str) -> Problem:
     _, T, H, D = q.shape
     return Problem(kernel, q.dtype, D, v.shape[3], H // index_heads, T, q.device, rule)
+
+
+def streamed(q: Tensor, rows: int, heads: int, x: Tensor, y: Tensor) -> tuple[bool, Any, Any]:
+    """`as_tiles`, if the work is long enough to hide what a descriptor costs the host: 25 µs."""
+    if q.shape[:3].numel() < DESCRIBED_ROWS:
+        return False, x, y
+    return as_tiles(rows, heads, x, y)
 
 
 def num_words(words: Tensor | None) -> int:

@@ -8,6 +8,8 @@ them need a mask:
     band    sliding window: the last w tokens
     bits    selected attention: all tokens so far, and a bit for every selection block
 
+What a loop streams comes as `*_tiles`: descriptors if DESCRIBED, else pointers (descriptors.py).
+
 "bits" reads words [B, J, W, T]: bit s % 32 of word s // 32 says that the token keeps block s.
 """
 
@@ -16,6 +18,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from nsa.kernels.descriptors import load_tile
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -87,12 +90,12 @@ def has_bit(word, offs_s, SPAN: tl.constexpr):
 @triton.jit(do_not_specialize=["num_words"])
 @no_type_check
 def attend_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, words_ptr, out_ptr, lse_ptr, T, num_keys, num_words, scale,
+    q_ptr, k_tiles, v_tiles, words_ptr, out_ptr, lse_ptr, T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS packed query rows of one index head pass over the key tiles they see."""
     R: tl.constexpr = H // J
@@ -119,8 +122,9 @@ def attend_fwd_kernel(
     for s0 in range(s_lo, s_hi, KEYS):
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
-        k = load_rows(k_ptr, key_rows, offs_s < num_keys, D, BLOCK_D)  # [KEYS, BLOCK_D]
-        v = load_rows(v_ptr, key_rows, offs_s < num_keys, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+        live_s = offs_s < num_keys
+        k = load_tile(k_tiles, key_rows, live_s, b, s0, g, D, BLOCK_D, DESCRIBED)
+        v = load_tile(v_tiles, key_rows, live_s, b, s0, g, DV, BLOCK_DV, DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
             seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
@@ -142,13 +146,13 @@ def attend_fwd_kernel(
 @triton.jit(do_not_specialize=["num_words"])
 @no_type_check
 def attend_dq_kernel(
-    q_ptr, k_ptr, v_ptr, words_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_tiles, v_tiles, words_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The query gradient of ROWS packed rows: the forward's pass again, with dS for P.
 
@@ -184,8 +188,9 @@ def attend_dq_kernel(
     for s0 in range(s_lo, s_hi, KEYS):
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
-        k = load_rows(k_ptr, key_rows, offs_s < num_keys, D, BLOCK_D)  # [KEYS, BLOCK_D]
-        v = load_rows(v_ptr, key_rows, offs_s < num_keys, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+        live_s = offs_s < num_keys
+        k = load_tile(k_tiles, key_rows, live_s, b, s0, g, D, BLOCK_D, DESCRIBED)
+        v = load_tile(v_tiles, key_rows, live_s, b, s0, g, DV, BLOCK_DV, DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[:, None])  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
@@ -219,13 +224,13 @@ def shared_turn(i_lo, i_hi, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_words", "batch", "splits"])
 @no_type_check
 def attend_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, words_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_tiles, k_ptr, v_ptr, words_ptr, dout_tiles, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     T, num_keys, num_words, batch, splits, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of KEYS keys from one of `splits` runs of tokens.
 
@@ -249,8 +254,9 @@ def attend_dkv_kernel(
     v = load_rows(v_ptr, key_rows, live_s, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
     t_lo, t_hi = seeing_tokens(s0, s_hi, T, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    run = tl.cdiv(T, splits)
-    i_lo = tl.maximum(t_lo, split * run) * R
+    # Whole tiles make a run: a row behind its last is behind T, or sees none of these keys.
+    run = tl.cdiv(tl.cdiv(T, splits), ROWS) * ROWS
+    i_lo = tl.maximum(t_lo, split * run) * R // ROWS * ROWS
     i_hi = tl.minimum(t_hi, (split + 1) * run) * R
 
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
@@ -264,8 +270,8 @@ def attend_dkv_kernel(
         live = offs_i < i_hi
         t, r = div_mod(offs_i, R)
         rows = (b * T + t) * H + j * R + r
-        q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
-        dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
+        q = load_tile(q_tiles, rows, live, b, i0 // R, j * R, D, BLOCK_D, DESCRIBED)
+        dout = load_tile(dout_tiles, rows, live, b, i0 // R, j * R, DV, BLOCK_DV, DESCRIBED)
         lse2 = load_lse2(lse_ptr, rows, live)
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)

@@ -1,0 +1,64 @@
+"""Tiles of rows by descriptor: Hopper's tensor memory accelerator (TMA) copies a tile at once.
+
+One thread asks for a tile by its first row; no other computes or keeps an address.
+A tile is a box of whole tokens, with one key head or all R query heads of it, of a width that is a
+power of two. What does not suit is loaded by address, row by row (`load_rows`).
+"""
+
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nsa.kernels.primitives import load_rows, padded
+from nsa.kernels.tile_sizes import capability
+
+LONGEST_BOX = 256  # entries of a tile in any dimension
+
+
+@triton.jit
+@no_type_check
+def load_tile(
+    x, rows, live, b, t, head, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIBED: tl.constexpr
+):
+    """`load_rows` of a tile of x [B, T, H, D], which begins with token t and `head`.
+
+    By descriptor, rows that are not live are what they are in x; those behind T are 0.
+    """
+    if DESCRIBED:
+        tile = x.load([b.to(tl.int32), t, head.to(tl.int32), 0])
+        return tl.reshape(tile, [rows.shape[0], BLOCK_D])
+    else:
+        return load_rows(x, rows, live, D, BLOCK_D)
+
+
+def has_tma(device: torch.device, dtype: torch.dtype) -> bool:
+    """Float32 tiles of whole heads are for cores that no descriptor feeds."""
+    return dtype.itemsize == 2 and capability(device) >= 90
+
+
+def as_tiles(rows: int, heads: int, x: Tensor, y: Tensor) -> tuple[bool, Any, Any]:
+    """Arrays [B, T, H, D] as tiles of `rows` rows, `heads` to a token, if both can be; if they are.
+
+    Rows are not checked to begin with a whole token: that is the kernel's part.
+    """
+    if not (suits(x, rows, heads) and suits(y, rows, heads)):
+        return False, x, y
+    boxes = ([1, rows // heads, heads, each.shape[3]] for each in (x, y))
+    return True, *map(TensorDescriptor.from_tensor, (x, y), boxes)
+
+
+def suits(x: Tensor, rows: int, heads: int) -> bool:
+    D = x.shape[3]
+    return (
+        has_tma(x.device, x.dtype)
+        and x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and padded(D) == D
+        and rows % heads == 0
+        and heads & (heads - 1) == 0
+        and max(rows // heads, heads, D) <= LONGEST_BOX
+    )

@@ -1,0 +1,97 @@
+"""Tiles by descriptor: what may be loaded so, and that it gives what loads by address give."""
+
+import pytest
+import torch
+from kernels_judge import DEVICE, heads
+
+from nsa import blocks, kernels
+from nsa.config import NSAConfig
+from nsa.kernels import attend, descriptors
+
+CFG = NSAConfig(
+    sliding_window_size=23, compress_block_size=8, compress_block_sliding_stride=4,
+    selection_block_size=16, num_selected_blocks=3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """The shapes of the tiles that were described; every device and dtype has descriptors."""
+    shapes = []
+    describe = descriptors.TensorDescriptor.from_tensor
+    monkeypatch.setattr(descriptors, "has_tma", lambda device, dtype: True)
+    monkeypatch.setattr(attend, "DESCRIBED_ROWS", 0)
+    monkeypatch.setattr(
+        descriptors.TensorDescriptor,
+        "from_tensor",
+        lambda x, box: shapes.append(box) or describe(x, box),
+    )
+    return shapes
+
+
+def results(T: int, H: int, G: int, D: int, Dv: int) -> list[torch.Tensor]:
+    """Outputs and gradients of a window, of compressed and of selected attention."""
+    C, found = blocks.num_compress_blocks(T, CFG), []
+    kept = torch.arange(2, dtype=torch.int32, device=DEVICE).repeat(2, T, G, 1)
+    for op, keys in (
+        (kernels.sliding_window_attention, T),
+        (lambda *x: kernels.compressed_attention(*x)[0], C),
+        (lambda q, k, v, cfg: kernels.selected_attention(q, k, v, kept, cfg), T),
+    ):
+        torch.manual_seed(T)
+        x = [each.float() for each in heads(2, T, keys, H, G, D, Dv)]
+        x = [each.detach().requires_grad_() for each in x]
+        out = op(*x, CFG)
+        found += [out, *torch.autograd.grad(out.square().sum(), x)]
+    return found
+
+
+@pytest.mark.parametrize("shape", [(70, 2, 2, 16, 16), (50, 16, 1, 16, 32), (33, 4, 2, 32, 16)])
+def test_the_same_as_by_address(shape, monkeypatch, request):
+    """Runs and sequences that end within a tile, two sequences, widths of their own."""
+    by_address = results(*shape)
+    boxes = request.getfixturevalue("described")
+    by_descriptor = results(*shape)
+    R = shape[1] // shape[2]
+    assert {box[2] for box in boxes} == {1, R}, "keys, and the rows of a group's heads"
+    for a, b in zip(by_descriptor, by_address, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "width", "dtype", "may"),
+    [
+        (64, 1, 128, torch.bfloat16, True),
+        (64, 16, 64, torch.float16, True),
+        (64, 64, 64, torch.bfloat16, True),
+        (64, 3, 64, torch.bfloat16, False),  # a tile would end within a token
+        (64, 128, 64, torch.bfloat16, False),
+        (64, 1, 96, torch.bfloat16, False),  # padded to 128
+        (64, 1, 8, torch.bfloat16, False),
+        (64, 1, 64, torch.float32, False),
+    ],
+)
+def test_what_suits(rows, heads, width, dtype, may, monkeypatch):
+    monkeypatch.setattr(descriptors, "capability", lambda device: 90)
+    x = torch.zeros(1, 4, 2, width, dtype=dtype)
+    assert descriptors.suits(x, rows, heads) == may
+    assert descriptors.as_tiles(rows, heads, x, x)[0] == may
+    monkeypatch.setattr(descriptors, "capability", lambda device: 86)
+    assert not descriptors.suits(x, rows, heads), "an older GPU has none"
+
+
+def test_little_work_is_by_address(described, monkeypatch):
+    """A descriptor costs the host 25 µs, which short kernels would wait for."""
+    monkeypatch.setattr(attend, "DESCRIBED_ROWS", 2 * 8 * 2 + 1)
+    results(8, 2, 1, 16, 16)
+    assert not described
+    results(9, 2, 1, 16, 16)
+    assert described
+
+
+def test_odd_addresses_are_no_descriptors(monkeypatch):
+    monkeypatch.setattr(descriptors, "capability", lambda device: 90)
+    flat = torch.zeros(65, dtype=torch.bfloat16)
+    aligned, odd = flat[:64].view(1, 4, 1, 16), flat[1:].view(1, 4, 1, 16)
+    assert descriptors.suits(aligned, 16, 1) and not descriptors.suits(odd, 16, 1)
+    assert descriptors.as_tiles(16, 1, aligned, odd) == (False, aligned, odd)
