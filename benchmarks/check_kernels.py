@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 import nsa.kernels as kernels
-from benchmarks.judge import judge, judge_selection, loop_order
+from benchmarks.judge import by_descriptor, judge, judge_selection, loop_order
 from nsa import blocks, pooling, reference, rotary
 from nsa.config import NSAConfig
 from nsa.kernels import lists
@@ -54,6 +54,7 @@ class Case:
     per_head: bool = False
     logits: float = 1.0  # a factor on the queries
     memories: int = 0
+    described: bool = True  # tiles by descriptor where sizes and GPU allow it
 
     @property
     def cfg(self) -> NSAConfig:
@@ -68,6 +69,10 @@ CHECKS = {
     "paper 16/1 D128": Case(2, 1000, 16, 1, 128, 128, sizes=PAPER),
     "llama 8/2 D128": Case(1, 1000, 8, 2, 128, 128, sizes=PAPER | dict(num_selected_blocks=5)),
     "gqa 8/4 D64": Case(2, 1000, 8, 4, 64, 64, sizes=PAPER, memories=2),
+    "gqa 8/4 D64 by address": Case(
+        2, 1000, 8, 4, 64, 64, sizes=PAPER, memories=2, described=False
+    ),
+    "paper 16/1 D128 by address": Case(1, 1000, 16, 1, 128, 128, sizes=PAPER, described=False),
     "mha 4/4 D128": Case(1, 1000, 4, 4, 128, 128, sizes=PAPER | dict(num_selected_blocks=6)),
     "small 8/2 D64": Case(2, 1024, 8, 2, 64, 64, sizes=SMALL),
     "long 4/2 D64": Case(1, 8192, 4, 2, 64, 64, sizes=PAPER),
@@ -307,7 +312,9 @@ def main() -> None:
         if args.check_one == "addresses":
             check_addresses()
         else:
-            check_case(CHECKS[args.check_one])
+            case = CHECKS[args.check_one]
+            with by_descriptor(case.described):
+                check_case(case)
         sys.exit(bool(FAILED))
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     print(where, torch.__version__, triton.__version__, flush=True)

@@ -170,6 +170,19 @@ def loop_order(tiles: bool) -> Iterator[None]:
         selected.prefers_tiles = chosen_by_size
 
 
+@contextmanager
+def by_descriptor(always: bool) -> Iterator[None]:
+    """Triton's tiles by descriptor wherever shapes and GPU allow it, or nowhere; not by length."""
+    from nsa.kernels import attend
+
+    chosen_by_length = attend.DESCRIBED_ROWS
+    attend.DESCRIBED_ROWS = 0 if always else 2**63
+    try:
+        yield
+    finally:
+        attend.DESCRIBED_ROWS = chosen_by_length
+
+
 def any_order(order: bool | None) -> AbstractContextManager:
     """`loop_order`, or for None whatever the sizes choose."""
     return nullcontext() if order is None else loop_order(order)

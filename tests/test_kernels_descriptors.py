@@ -4,7 +4,8 @@ import pytest
 import torch
 from kernels_judge import DEVICE, heads
 
-from nsa import blocks, kernels
+from benchmarks.workloads import Layout, Workload
+from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
 from nsa.kernels import attend, descriptors
 
@@ -87,6 +88,26 @@ def test_little_work_is_by_address(described, monkeypatch):
     assert not described
     results(9, 2, 1, 16, 16)
     assert described
+
+
+@pytest.mark.parametrize("wrong_by_descriptor", [True, False])
+def test_the_benchmark_judges_both(wrong_by_descriptor, described):
+    """What is wrong by descriptor alone is refused, and so is what is wrong by address alone."""
+    w = Workload(Layout(2, 1, 16), 40, torch.float32, torch.device(DEVICE), "triton", CFG)
+
+    def oracle(q, k, v):
+        return reference.sliding_window_attention(q, k, v, CFG)
+
+    def right(q, k, v):
+        return w.ops.sliding_window_attention(q, k, v, CFG)
+
+    def wrong(q, k, v):
+        by_descriptor = attend.DESCRIBED_ROWS == 0
+        return right(q, k, v.roll(1, 1) if by_descriptor == wrong_by_descriptor else v)
+
+    names = "out dq dk dv"
+    assert w.compare(right, oracle, w.qkv, names)().ok and described
+    assert not w.compare(wrong, oracle, w.qkv, names)().ok
 
 
 def test_odd_addresses_are_no_descriptors(monkeypatch):
