@@ -27,8 +27,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import nsa.kernels as kernels
+from benchmarks.judge import by_descriptor
 from nsa.config import NSAConfig
-from nsa.kernels import attend, autotune, descriptors, selected, tile_sizes
+from nsa.kernels import autotune, descriptors, selected, tile_sizes
 from nsa.kernels.tile_sizes import Problem, Tile, candidates
 
 POINTERS = {
@@ -208,12 +209,13 @@ def main(argv: list[str] | None = None) -> int:
     limit = {80: 163, 86: 99, 89: 99, 90: 227}[args.arch] * 1024
     tile_sizes.shared_memory = lambda device: limit
     tile_sizes.capability = descriptors.capability = lambda device: args.arch
-    attend.DESCRIBED_ROWS = 0  # as of long sequences
     if args.candidates:
         autotune.choose = every_candidate
     compile_instead(args.arch, args.kernel, set(), report)
     dtype = getattr(torch, args.dtype)
-    exercise(1, args.tokens, H, G, args.dim, args.value_dim or args.dim, dtype, cfg)
+    for long in (True, False):
+        with by_descriptor(long):
+            exercise(1, args.tokens, H, G, args.dim, args.value_dim or args.dim, dtype, cfg)
     print(f"largest shared memory {worst} of {limit} bytes")
     return int(worst > limit)
 

@@ -159,8 +159,8 @@ class BlockCompressor(nn.Module):
     """Folds keys or values into one per compressed block (eq. 7): φ(tokens of a block + positions).
 
     `network` is copied, so that keys and values each train their own. `positions`: add a learned
-    vector for each place in a block and each key/value head. `means` is what
-    stands for `MeanPool`, without windows.
+    vector for each place in a block and each key/value head. `means` computes what `MeanPool` would
+    without storing windows.
     """
 
     def __init__(

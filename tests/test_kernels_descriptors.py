@@ -49,7 +49,7 @@ def results(T: int, H: int, G: int, D: int, Dv: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("shape", [(70, 2, 2, 16, 16), (50, 16, 1, 16, 32), (33, 4, 2, 32, 16)])
 def test_the_same_as_by_address(shape, monkeypatch, request):
-    """Runs and sequences that end within a tile, two sequences, widths of their own."""
+    """Runs of no whole number of tiles, sequences that end within one, widths of their own."""
     by_address = results(*shape)
     boxes = request.getfixturevalue("described")
     by_descriptor = results(*shape)
@@ -116,3 +116,5 @@ def test_odd_addresses_are_no_descriptors(monkeypatch):
     aligned, odd = flat[:64].view(1, 4, 1, 16), flat[1:].view(1, 4, 1, 16)
     assert descriptors.suits(aligned, 16, 1) and not descriptors.suits(odd, 16, 1)
     assert descriptors.as_tiles(16, 1, aligned, odd) == (False, aligned, odd)
+    lone = torch.zeros(64, 2, 16, 1, dtype=torch.bfloat16).permute(3, 0, 1, 2)
+    assert lone.is_contiguous() and not descriptors.suits(lone, 16, 1), "a stride of one entry"

@@ -36,14 +36,14 @@ def load_tile(
 
 
 def has_tma(device: torch.device, dtype: torch.dtype) -> bool:
-    """Float32 tiles of whole heads are for cores that no descriptor feeds."""
+    """Copying by descriptor is for 16-bit tiles: no other has been timed."""
     return dtype.itemsize == 2 and capability(device) >= 90
 
 
 def as_tiles(rows: int, heads: int, x: Tensor, y: Tensor) -> tuple[bool, Any, Any]:
-    """Arrays [B, T, H, D] as tiles of `rows` rows, `heads` to a token, if both can be; if they are.
+    """Whether both arrays [B, T, H, D] are described, and both: as tiles, or as given.
 
-    Rows are not checked to begin with a whole token: that is the kernel's part.
+    A tile has `rows` rows, `heads` to a token, and must begin with a whole one.
     """
     if not (suits(x, rows, heads) and suits(y, rows, heads)):
         return False, x, y
@@ -56,6 +56,7 @@ def suits(x: Tensor, rows: int, heads: int) -> bool:
     return (
         has_tma(x.device, x.dtype)
         and x.numel() > 0
+        and all(each * x.element_size() % 16 == 0 for each in x.stride()[:-1])
         and x.data_ptr() % 16 == 0
         and padded(D) == D
         and rows % heads == 0

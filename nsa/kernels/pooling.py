@@ -14,6 +14,7 @@ from nsa.config import NSAConfig
 from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import cdiv
 
+UNROLLED = tl.constexpr(32)  # tokens of a turn; more cost minutes of compiling
 BLOCKS, TOKENS, WIDTH = 8, 32, 128  # of a program forward, backward; the features it takes of them
 
 
@@ -38,7 +39,7 @@ def block_means_kernel(
     b, c, features = tile_of(C, F, ROWS, WIDTH)
     live = (c < C)[:, None] & (features < F)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i in tl.static_range(SIZE):  # no turn waits for the one before: all loads at once
+    for i in tl.range(SIZE, loop_unroll_factor=UNROLLED):  # loads of a turn wait for no other
         rows = b * T + c * STRIDE + i
         total += tl.load(x_ptr + rows[:, None] * F + features, mask=live, other=0.0).to(tl.float32)
     means = (total / SIZE).to(means_ptr.dtype.element_ty)

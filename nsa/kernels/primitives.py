@@ -55,8 +55,8 @@ def store_rows(ptr, rows, live, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def load_lse2(ptr, rows, live):
     """A row's lse in base 2.
 
-    A row that is not live has q, dO and delta 0, so whatever probabilities it gets add nothing. One
-    that saw nothing has -inf, and is masked wherever it is met.
+    A row that is not live gets some probabilities: either its q, dO and delta are 0, so that they
+    add nothing, or they are masked. One that saw nothing has -inf, and is masked as well.
     """
     return tl.load(ptr + rows, mask=live, other=0.0) * LOG2E
 

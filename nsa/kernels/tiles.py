@@ -254,7 +254,8 @@ def attend_dkv_kernel(
     v = load_rows(v_ptr, key_rows, live_s, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
     t_lo, t_hi = seeing_tokens(s0, s_hi, T, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    # Whole tiles make a run: a row behind its last is behind T, or sees none of these keys.
+    # Whole tiles make a run. A row behind i_hi is behind T, and 0, or sees none of these keys, and
+    # is masked: by descriptor it holds what it holds.
     run = tl.cdiv(tl.cdiv(T, splits), ROWS) * ROWS
     i_lo = tl.maximum(t_lo, split * run) * R // ROWS * ROWS
     i_hi = tl.minimum(t_hi, (split + 1) * run) * R
