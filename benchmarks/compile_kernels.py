@@ -40,7 +40,7 @@ POINTERS = {
     torch.int16: "*i16",
 }
 MATRIX = r"(?<=wgmma\.mma_async\.sync\.aligned\.)m\d+n\d+k\d+|(?<!a\.)\bmma\.sync"
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def compile_instead(arch: int, only: str, seen: set, report) -> None:

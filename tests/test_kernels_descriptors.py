@@ -30,17 +30,17 @@ def described(monkeypatch):
     return shapes
 
 
-def results(T: int, H: int, G: int, D: int, Dv: int) -> list[torch.Tensor]:
+def results(B: int, T: int, H: int, G: int, D: int, Dv: int) -> list[torch.Tensor]:
     """Outputs and gradients of a window, of compressed and of selected attention."""
     C, found = blocks.num_compress_blocks(T, CFG), []
-    kept = torch.arange(2, dtype=torch.int32, device=DEVICE).repeat(2, T, G, 1)
+    kept = torch.arange(2, dtype=torch.int32, device=DEVICE).repeat(B, T, G, 1)
     for op, keys in (
         (kernels.sliding_window_attention, T),
         (lambda *x: kernels.compressed_attention(*x)[0], C),
         (lambda q, k, v, cfg: kernels.selected_attention(q, k, v, kept, cfg), T),
     ):
         torch.manual_seed(T)
-        x = [each.float() for each in heads(2, T, keys, H, G, D, Dv)]
+        x = [each.float() for each in heads(B, T, keys, H, G, D, Dv)]
         x = [each.detach().requires_grad_() for each in x]
         out = op(*x, CFG)
         found += [out, *torch.autograd.grad(out.square().sum(), x)]
@@ -48,13 +48,16 @@ def results(T: int, H: int, G: int, D: int, Dv: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(70, 2, 2, 16, 16), (50, 16, 1, 16, 32), (33, 4, 2, 32, 16)])
-def test_the_same_as_by_address(shape, monkeypatch, request):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_same_as_by_address(batch, shape, monkeypatch, request):
     """Runs of no whole number of tiles, sequences that end within one, widths of their own."""
-    by_address = results(*shape)
+    by_address = results(batch, *shape)
     boxes = request.getfixturevalue("described")
-    by_descriptor = results(*shape)
+    by_descriptor = results(batch, *shape)
     R = shape[1] // shape[2]
-    assert {box[2] for box in boxes} == {1, R}, "keys, and the rows of a group's heads"
+    assert {box[-2] for box in boxes} == {1, R}, "keys, and the rows of a group's heads"
+    # A tile that ends within a sequence must not read the next one.
+    assert max(len(box) for box in boxes) == (3 if batch == 1 else 4)
     for a, b in zip(by_descriptor, by_address, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -84,9 +87,9 @@ def test_what_suits(rows, heads, width, dtype, may, monkeypatch):
 def test_little_work_is_by_address(described, monkeypatch):
     """A descriptor costs the host 25 µs, which short kernels would wait for."""
     monkeypatch.setattr(attend, "DESCRIBED_ROWS", 2 * 8 * 2 + 1)
-    results(8, 2, 1, 16, 16)
+    results(2, 8, 2, 1, 16, 16)
     assert not described
-    results(9, 2, 1, 16, 16)
+    results(2, 9, 2, 1, 16, 16)
     assert described
 
 

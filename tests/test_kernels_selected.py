@@ -5,9 +5,10 @@ import torch
 from kernels_judge import DEVICE, assert_no_worse, heads
 from torch import Tensor
 
+from benchmarks.judge import poisoned_empty
 from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
-from nsa.kernels import lists, selected
+from nsa.kernels import attend_blocks, lists, selected
 
 
 def config(length: int, n: int, causal: bool = True) -> NSAConfig:
@@ -69,6 +70,41 @@ def test_chunks_items_and_gates(index_heads, partial_bytes, monkeypatch):
         gates,
         repeat=True,
     )
+
+
+@pytest.mark.parametrize("dense", [(0, 0), (0, 1), (1, 0), (2, 1), (1, 3)])
+@pytest.mark.parametrize("R", [1, 3])
+def test_dense_blocks_have_no_partial_results(R, dense, monkeypatch):
+    """The slots of other blocks are written, and no others are read: memory is poisoned."""
+    (initial, local), T, cfg = dense, 75, config(12, 4)
+    indices = random_blocks(1, T, 2, cfg)
+    q, k, v = (x.float() for x in heads(1, T, T, 2 * R, 2, 16, 16))
+    parts, merge = [], attend_blocks.merge_kernel
+
+    class Recorded:
+        def __getitem__(self, grid):
+            def launch(q, k, v, part, *rest, **sizes):
+                parts.append(part.clone())
+                merge[grid](q, k, v, part, *rest, **sizes)
+
+            return launch
+
+    monkeypatch.setattr(attend_blocks, "merge_kernel", Recorded())
+    with poisoned_empty():
+        out, *_ = attend_blocks.attend_blocks(q, k, v, indices, None, 12, True, initial, local)
+    torch.testing.assert_close(out, reference.selected_attention(q, k, v, indices, cfg))
+    own = torch.arange(T, device=DEVICE)[:, None, None] // 12
+    dense_slots = (indices[0] < initial) | (indices[0] > own - local)
+    expected = (indices[0] >= 0) & ~dense_slots  # [T, J, N]
+    written = parts[0].view(2, T, 4, R * 16).isfinite().all(-1)
+    assert torch.equal(written.transpose(0, 1), expected)
+
+
+def test_which_blocks_are_dense():
+    cfg = config(160, 2)
+    assert selected.dense_blocks(cfg, 160) == (1, 2)
+    assert selected.dense_blocks(cfg, 80) == (2, 4), "in parts"
+    assert selected.dense_blocks(config(160, 2, causal=False), 160) == (0, 0)
 
 
 def test_a_long_block_is_split():
@@ -141,6 +177,23 @@ def test_a_list_holds_its_slots_in_order(num_tokens):
     assert (block == torch.arange(num_blocks, device=DEVICE).repeat_interleave(starts.diff())).all()
     assert ((listed.diff() > 0) | (block.diff() > 0)).all()
     assert starts[0] == 0 and starts[-1] == (indices >= 0).sum()
+
+
+def test_every_list_has_an_item_that_writes_its_block(monkeypatch):
+    """An empty one, too, but none of the head that the last chunk lacks."""
+    monkeypatch.setattr(lists, "PARTIAL_BYTES", (12000, 12000))
+    monkeypatch.setattr(lists, "ITEM_ROWS", 1)
+    q = torch.empty(1, 80, 3, 16, dtype=torch.float16, device=DEVICE)
+    indices = torch.zeros(1, 80, 3, 2, dtype=torch.int32, device=DEVICE)  # all keep block 0
+    indices[..., 1] = -1
+    plan = lists.plan_work(q, indices, 16, 16)
+    assert (plan.heads, plan.chunks, plan.lists, plan.all_lists) == (2, 2, 10, 15)
+    _, starts = lists.sort_slots(indices, plan, 5)
+    ends, item_lists, shared_ends = lists.cut_items(starts, plan)
+    items = ends.diff(prepend=ends.new_zeros(2, 1))
+    assert items.tolist() == [[2, 1, 1, 1, 1] * 2, [2, 1, 1, 1, 1] + [0] * 5]
+    assert item_lists[0, :12].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
+    assert shared_ends[:, -1].tolist() == [4, 2]
 
 
 def test_too_many_slots_are_refused():

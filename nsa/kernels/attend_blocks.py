@@ -18,8 +18,10 @@ from nsa.kernels.block_order import (
 )
 from nsa.kernels.lists import Chunk, Plan, chunks_of, cut_items, plan_work, sort_slots
 from nsa.kernels.op import custom_op, register_autograd, register_fake
-from nsa.kernels.primitives import cdiv, padded, precision
-from nsa.kernels.tile_sizes import Problem, Tile
+from nsa.kernels.primitives import cdiv, padded, power_of_2, precision
+from nsa.kernels.tile_sizes import Problem, Tile, table_tile
+
+MERGE_REGISTERS = 168  # a thread's, at most: three programs of four warps a multiprocessor
 
 
 @custom_op
@@ -31,17 +33,22 @@ def attend_blocks(
     block_gates: Tensor | None,
     length: int,
     causal: bool,
+    initial: int,
+    local: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, T, H, Dv], lse [B, T, H], and what the backward reuses: slots and starts.
 
-    Arrays are contiguous. Only out has a gradient.
+    Arrays are contiguous. Only out has a gradient. The `initial` first blocks and a token's `local`
+    last ones, where it keeps them, are attended to densely; only causal attention may have any.
     """
     (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
     num_blocks, R = cdiv(T, length), H // J
     plan = plan_work(q, block_indices, length, max(D, DV))
     constants = sizes(q, v, block_indices, plan, length, causal)
+    dense = dict(INITIAL=initial, LOCAL=local)
+    registers = MERGE_REGISTERS if q.itemsize == 2 else None
 
-    def launch(tile: Tile) -> tuple[Tensor, Tensor]:
+    def launch(tile: Tile, merge: Tile) -> tuple[Tensor, Tensor]:
         out = torch.empty(B, T, H, DV, dtype=v.dtype, device=q.device)
         lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
         parts = plan.heads * plan.tokens * N * R
@@ -51,19 +58,28 @@ def attend_blocks(
             block_fwd_kernel[(plan.items,)](
                 q, k, v, slots, starts, ends, item_lists, part, part_lse, T, num_blocks,
                 plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
-                **constants, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
+                **constants, **dense, BLOCK_NEAR=power_of_2(local * length),
+                ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-            merge_kernel[(cdiv(chunk.tokens * R, 32) * chunk.heads,)](
-                part, part_lse, block_indices, out, lse,
-                T, chunk.first_head, chunk.first_token, chunk.tokens,
-                H=H, J=J, N=N, DV=DV, BLOCK_DV=padded(DV), ROWS=32, num_warps=4,
+            merge_kernel[(cdiv(chunk.tokens * R, merge.rows) * chunk.heads,)](
+                q, k, v, part, part_lse, block_indices, out, lse,
+                T, chunk.first_head, chunk.first_token, chunk.tokens, D**-0.5,
+                H=H, G=v.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, **dense,
+                BLOCK_N=power_of_2(N), BLOCK_D=padded(D), BLOCK_DV=padded(DV), ROWS=merge.rows,
+                KEYS=padded(length), PRECISION=precision(),
+                num_warps=merge.warps, num_stages=merge.stages, maxnreg=registers,
             )  # fmt: skip
         return out, lse
 
     with torch.cuda.device_of(q):
         slots, starts = sort_slots(block_indices, plan, num_blocks)
         ends, item_lists, _ = cut_items(starts, plan)
-        out, lse = with_tile(problem("block_fwd", q, v, J, length), launch)
+        of_merge = problem("merge", q, v, J, length)
+        out, lse = with_tile(
+            problem("block_fwd", q, v, J, length),
+            lambda tile: launch(tile, table_tile(of_merge)),
+            lambda tile: with_tile(of_merge, lambda merge: launch(tile, merge)),
+        )
     return out, lse, slots, starts
 
 
@@ -120,7 +136,7 @@ def block_gradients(
         part_dq = torch.empty(parts, D, dtype=q.dtype, device=device)
         part_dgate = new(parts) if gated else None
         part_dk, part_dv = (new(plan.shared * length, W) for W in (D, DV))
-        dq, dk, dv = torch.empty_like(q), zeros_for(k, J, plan), zeros_for(v, J, plan)
+        dq, dk, dv = torch.empty_like(q), sums_for(k, J, plan), sums_for(v, J, plan)
         dgates = torch.zeros(B * J, T if gated else 0, N, dtype=torch.float32, device=device)
         for chunk in chunks_of(plan, B * J, T):
             block_bwd_kernel[(plan.items,)](
@@ -133,7 +149,8 @@ def block_gradients(
             )  # fmt: skip
             for part, total, W in ((part_dk, dk, D), (part_dv, dv, DV)):
                 sum_items_kernel[(plan.lists, cdiv(length, 8))](
-                    part, total, ends, shared_ends, T, num_blocks, chunk.number, chunk.first_head,
+                    part, total, ends, shared_ends, T, num_blocks,
+                    chunk.number, chunk.first_head, chunk.first_token,
                     J=J, D=W, LENGTH=length, BLOCK_D=padded(W), KEYS=8, ITEMS=8, num_warps=4,
                 )  # fmt: skip
             sum_slots_kernel[(cdiv(chunk.tokens * R, 32) * chunk.heads,)](
@@ -154,12 +171,12 @@ def block_gradients(
     return dq, dk, dv, dgates.where(block_indices >= 0, 0.0).contiguous()
 
 
-def zeros_for(x: Tensor, index_heads: int, plan: Plan) -> Tensor:
+def sums_for(x: Tensor, index_heads: int, plan: Plan) -> Tensor:
     """[B, T, J, D] to gather dK or dV in: float32 if chunks or index heads add to one another."""
     B, T, G, D = x.shape
-    final = plan.tokens == T and index_heads == G
+    final = plan.runs == 1 and index_heads == G
     dtype = x.dtype if final else torch.float32
-    return torch.zeros(B, T, index_heads, D, dtype=dtype, device=x.device)
+    return torch.empty(B, T, index_heads, D, dtype=dtype, device=x.device)
 
 
 def part_of(dgates: Tensor, chunk: Chunk) -> Tensor:
@@ -192,7 +209,7 @@ def by_key_head(total: Tensor, like: Tensor) -> Tensor:
 
 
 @register_fake(attend_blocks)
-def _(q, k, v, block_indices, block_gates, length, causal):
+def _(q, k, v, block_indices, block_gates, length, causal, initial, local):
     plan = plan_work(q, block_indices, length, max(q.shape[3], v.shape[3]))
     out = v.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -207,7 +224,7 @@ def _(q, k, v, block_indices, out, lse, slots, starts, dout, gated, length, caus
 
 
 def _save(ctx, inputs, output):
-    q, k, v, block_indices, gates, *ctx.rule = inputs
+    q, k, v, block_indices, gates, *ctx.rule, _, _ = inputs
     ctx.save_for_backward(q, k, v, block_indices, *output)
     ctx.gates = None if gates is None else gates.dtype
     ctx.mark_non_differentiable(*output[1:])  # lse and the lists are for the backward pass
@@ -218,7 +235,7 @@ def _backward(ctx, dout, _dlse, _slots, _starts):
     gated = ctx.gates is not None
     grads = attend_blocks_backward(*ctx.saved_tensors, dout.contiguous(), gated, *ctx.rule)
     dq, dk, dv, dgates = grads
-    return dq, dk, dv, None, dgates.to(ctx.gates) if gated else None, None, None
+    return dq, dk, dv, None, dgates.to(ctx.gates) if gated else None, None, None, None, None
 
 
 register_autograd(attend_blocks, _backward, setup_context=_save)

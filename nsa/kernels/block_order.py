@@ -5,6 +5,10 @@ read once a list instead of once a query. An item writes its partial result into
 second kernel merges the slots of a token by lse. Slots are taken in chunks, whose partial results
 are bounded (lists.py); a chunk begins at token t0 of index head head0. Nothing is added atomically:
 one program at a time sums a block's dK and dV, in the order of its items.
+
+The first INITIAL blocks and a token's LOCAL last ones are dense: neighbouring tokens share them, so
+forward the merging kernel attends to them itself and they need no partial results. Backward they
+are slots like the others, since their dK and dV have to be summed over tokens all the same.
 """
 
 from typing import no_type_check
@@ -30,6 +34,7 @@ from nsa.kernels.primitives import (
     load_lse2,
     load_rows,
     row_delta,
+    softmax_step,
     store_rows,
 )
 
@@ -45,6 +50,41 @@ def load_slots(slots_ptr, lo, hi, offs_i, R: tl.constexpr):
     return tl.load(slots_ptr + lo + i, mask=lo + i < hi, other=0)
 
 
+@triton.jit
+@no_type_check
+def is_dense(block, own, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+    """Whether merge_kernel attends to the block, for a token whose own block is `own`.
+
+    So it says of later blocks, too: dense blocks are for causal attention, which sees none of them.
+    """
+    return (block < INITIAL) | (block > own - LOCAL)
+
+
+@triton.jit
+@no_type_check
+def has_part(index_ptrs, live, own, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+    """Whether a work item wrote a partial output into a row's slot."""
+    block = tl.load(index_ptrs, mask=live, other=-1)
+    if INITIAL + LOCAL > 0:
+        return (block >= 0) & ~is_dense(block, own, INITIAL, LOCAL)
+    else:
+        return block >= 0
+
+
+@triton.jit
+@no_type_check
+def num_dense(
+    slots_ptr, lo, hi, block, token0,
+    N: tl.constexpr, LENGTH: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCK_NEAR: tl.constexpr,
+):  # fmt: skip
+    """How many of an item's slots are dense: they come first, since their tokens do."""
+    offs = lo + tl.arange(0, BLOCK_NEAR)
+    t = tl.load(slots_ptr + offs, mask=offs < hi, other=0) // N - token0
+    dense = (offs < hi) & is_dense(block, t // LENGTH, INITIAL, LOCAL)
+    return tl.where(block < INITIAL, hi - lo, tl.sum(dense.to(tl.int32), 0))
+
+
 @triton.jit(do_not_specialize=["chunk", "head0"])
 @no_type_check
 def block_fwd_kernel(
@@ -53,7 +93,8 @@ def block_fwd_kernel(
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    ITEM: tl.constexpr, PRECISION: tl.constexpr,
+    ITEM: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, BLOCK_NEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One work item: a selection block against a run of the query rows that keep it."""
     starts_ptr += chunk * num_lists
@@ -65,12 +106,18 @@ def block_fwd_kernel(
     lst, _, _, lo, hi = find_item(item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM)
     block, bj = lst % num_blocks, (head0 + lst // num_blocks).to(tl.int64)
     b, j = bj // J, bj % J
+    token0 = (bj * T).to(tl.int32)  # as slots count
+    if INITIAL + LOCAL > 0:
+        lo += num_dense(
+            slots_ptr, lo, hi, block, token0, N, LENGTH, INITIAL, LOCAL, BLOCK_NEAR
+        )  # fmt: skip
+    if lo >= hi:
+        return
     offs_s = block * LENGTH + tl.arange(0, KEYS)
     end = tl.minimum((block + 1) * LENGTH, T)
     key_rows = (b * T + offs_s) * G + j // (J // G)
     k = load_rows(k_ptr, key_rows, offs_s < end, D, BLOCK_D)  # [KEYS, BLOCK_D]
     v = load_rows(v_ptr, key_rows, offs_s < end, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
-    token0 = (bj * T).to(tl.int32)  # as slots count
     row0 = b * T * H + j * R
     slot0 = (head0 * T + t0) * N  # the chunk's first
     slot = load_slots(slots_ptr, lo, hi, tl.arange(0, ROWS), R)
@@ -97,43 +144,94 @@ def block_fwd_kernel(
         slot = load_slots(slots_ptr, lo, hi, offs_i + ROWS, R)
 
 
+@triton.jit
+@no_type_check
+def attend_dense(
+    q_ptr, k_ptr, v_ptr, indices_ptr, rows, slots, live, t, t_lo, t_hi, b, g, T, scale,
+    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of tokens t_lo ... t_hi over the dense blocks they keep: m, norm and acc so far."""
+    m = tl.full([rows.shape[0]], float("-inf"), tl.float32)
+    norm = tl.zeros([rows.shape[0]], tl.float32)
+    acc = tl.zeros([rows.shape[0], BLOCK_DV], tl.float32)
+    n = tl.arange(0, BLOCK_N)[None, :]
+    kept = tl.load(indices_ptr + slots[:, None] + n, mask=live[:, None] & (n < N), other=-1)
+    q = load_rows(q_ptr, rows, live, D, BLOCK_D)
+    first_local = tl.maximum(t_lo // LENGTH - LOCAL + 1, INITIAL)
+    num_local = tl.maximum(t_hi // LENGTH + 1 - first_local, 0)
+    for i in range(INITIAL + num_local):
+        block = tl.where(i < INITIAL, i, first_local + i - INITIAL)
+        offs_s = block * LENGTH + tl.arange(0, KEYS)
+        end = tl.minimum((block + 1) * LENGTH, T)
+        key_rows = (b * T + offs_s) * G + g
+        k = load_rows(k_ptr, key_rows, offs_s < end, D, BLOCK_D)  # [KEYS, BLOCK_D]
+        v = load_rows(v_ptr, key_rows, offs_s < end, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        keeps = tl.max((kept == block).to(tl.int32), 1) > 0
+        keeps = keeps & is_dense(block, t // LENGTH, INITIAL, LOCAL)
+        seen = keeps[:, None] & (offs_s[None, :] < tl.minimum(t + 1, end)[:, None])
+        s = tl.where(seen, s, float("-inf"))
+        m, norm, acc = softmax_step(s, v, m, norm, acc, scale, PRECISION)
+    return m, norm, acc
+
+
 @triton.jit(do_not_specialize=["head0"])
 @no_type_check
 def merge_kernel(
-    part_ptr, part_lse_ptr, indices_ptr, out_ptr, lse_ptr, T, head0, t0, tokens,
-    H: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, indices_ptr, out_ptr, lse_ptr,
+    T, head0, t0, tokens, scale,
+    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS packed rows of one index head: their slots' partial outputs, weighted by lse."""
+    """ROWS packed rows of one index head: dense blocks, and the partial outputs of other slots."""
     R: tl.constexpr = H // J
     num_tiles = tl.cdiv(tokens * R, ROWS)
     bj = (head0 + tl.program_id(0) // num_tiles).to(tl.int64)
     b, j = bj // J, bj % J
-    offs_i = tl.program_id(0) % num_tiles * ROWS + tl.arange(0, ROWS)
+    i0 = tl.program_id(0) % num_tiles * ROWS
+    offs_i = i0 + tl.arange(0, ROWS)
     live = offs_i < tokens * R
     i, r = div_mod(offs_i, R)
     t = t0 + i
+    rows = (b * T + t) * H + j * R + r
     slots = ((b * T + t) * J + j) * N
     parts = ((bj - head0) * T + i) * N * R + r
 
-    m = tl.full([ROWS], float("-inf"), tl.float32)
+    if INITIAL + LOCAL > 0:
+        t_hi = t0 + tl.minimum((i0 + ROWS - 1) // R, tokens - 1)
+        m, norm, acc = attend_dense(
+            q_ptr, k_ptr, v_ptr, indices_ptr, rows, slots, live, t, t0 + i0 // R, t_hi,
+            b, j // (J // G), T, scale,
+            H, G, N, D, DV, LENGTH, INITIAL, LOCAL, BLOCK_N, BLOCK_D, BLOCK_DV, KEYS, PRECISION,
+        )  # fmt: skip
+    else:
+        m = tl.full([ROWS], float("-inf"), tl.float32)
+        norm = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    own = t // LENGTH
+    top = m
     for n in range(N):
-        kept = tl.load(indices_ptr + slots + n, mask=live, other=-1) >= 0
-        lse2 = tl.load(part_lse_ptr + parts + n * R, mask=kept, other=float("-inf"))
-        m = tl.maximum(m, lse2)
-    norm = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+        merged = has_part(indices_ptr + slots + n, live, own, INITIAL, LOCAL)
+        lse2 = tl.load(part_lse_ptr + parts + n * R, mask=merged, other=float("-inf"))
+        top = tl.maximum(top, lse2)
+    weight = tl.exp2(m - finite(top))
+    norm *= weight
+    acc *= weight[:, None]
     for n in range(N):
-        kept = tl.load(indices_ptr + slots + n, mask=live, other=-1) >= 0
-        lse2 = tl.load(part_lse_ptr + parts + n * R, mask=kept, other=float("-inf"))
-        weight = tl.exp2(lse2 - finite(m))
-        part = load_rows(part_ptr, parts + n * R, kept, DV, BLOCK_DV)
+        merged = has_part(indices_ptr + slots + n, live, own, INITIAL, LOCAL)
+        lse2 = tl.load(part_lse_ptr + parts + n * R, mask=merged, other=float("-inf"))
+        weight = tl.exp2(lse2 - finite(top))
+        part = load_rows(part_ptr, parts + n * R, merged, DV, BLOCK_DV)
         acc += weight[:, None] * part.to(tl.float32)
         norm += weight
     norm = tl.where(norm > 0, norm, 1.0)
-    rows = (b * T + t) * H + j * R + r
     store_rows(out_ptr, rows, live, acc / norm[:, None], DV, BLOCK_DV)
-    tl.store(lse_ptr + rows, (m + tl.log2(norm)) * LN2, mask=live)
+    tl.store(lse_ptr + rows, (top + tl.log2(norm)) * LN2, mask=live)
 
 
 @triton.jit
@@ -163,8 +261,9 @@ def block_bwd_kernel(
 ):  # fmt: skip
     """One work item: dQ (and the gate's gradient) into its slots; dK and dV of its block.
 
-    A list of one item adds to dk and dv itself; the items of a longer one write partial sums. Where
-    a head's tokens are in one chunk, dk and dv were 0 and have the inputs' dtype.
+    A list of one item adds to dk and dv itself; the items of a longer one write partial sums. The
+    first chunk of a head finds nothing to add to. If it is the only one, dk and dv have the inputs'
+    dtype.
     """
     starts_ptr += chunk * num_lists
     ends_ptr += chunk * num_lists
@@ -179,6 +278,8 @@ def block_bwd_kernel(
     lst, place, count, lo, hi = find_item(
         item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM
     )
+    if (lo >= hi) & (t0 > 0):
+        return
     block, bj = lst % num_blocks, (head0 + lst // num_blocks).to(tl.int64)
     b, j = bj // J, bj % J
     offs_s = block * LENGTH + tl.arange(0, KEYS)
@@ -236,8 +337,9 @@ def block_bwd_kernel(
             slot = load_slots(slots_ptr, lo, hi, offs_i + ROWS, R)
     sums = (b * T + offs_s) * J + j  # rows of dk and dv
     if count == 1:
-        dk = add_parts(dk, load_parts(dk_ptr, sums, offs_s < end, D, PART))
-        dv = add_parts(dv, load_parts(dv_ptr, sums, offs_s < end, DV, PART_V))
+        there = (offs_s < end) & (t0 > 0)
+        dk = add_parts(dk, load_parts(dk_ptr, sums, there, D, PART))
+        dv = add_parts(dv, load_parts(dv_ptr, sums, there, DV, PART_V))
         store_parts(dk_ptr, sums, offs_s < end, dk, D, PART)
         store_parts(dv_ptr, sums, offs_s < end, dv, DV, PART_V)
     else:
@@ -250,7 +352,7 @@ def block_bwd_kernel(
 @triton.jit(do_not_specialize=["chunk", "head0"])
 @no_type_check
 def sum_items_kernel(
-    part_ptr, sum_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0,
+    part_ptr, sum_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
     J: tl.constexpr, D: tl.constexpr, LENGTH: tl.constexpr,
     BLOCK_D: tl.constexpr, KEYS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
@@ -265,7 +367,7 @@ def sum_items_kernel(
     keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     live = (keys < LENGTH) & (block * LENGTH + keys < T)
     rows = (bj // J * T + block * LENGTH + keys) * J + bj % J
-    acc = load_rows(sum_ptr, rows, live, D, BLOCK_D).to(tl.float32)
+    acc = load_rows(sum_ptr, rows, live & (t0 > 0), D, BLOCK_D).to(tl.float32)
     first = (tl.load(shared_ends_ptr + lst) - count).to(tl.int64)
     offs = tl.arange(0, ITEMS * KEYS)
     key = tl.program_id(1) * KEYS + offs % KEYS

@@ -22,14 +22,17 @@ LONGEST_BOX = 256  # entries of a tile in any dimension
 @triton.jit
 @no_type_check
 def load_tile(
-    x, rows, live, b, t, head, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIBED: tl.constexpr
+    x, rows, live, b, t, T, head, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIBED: tl.constexpr
 ):
     """`load_rows` of a tile of x [B, T, H, D], which begins with token t and `head`.
 
     By descriptor, rows that are not live are what they are in x; those behind T are 0.
     """
     if DESCRIBED:
-        tile = x.load([b.to(tl.int32), t, head.to(tl.int32), 0])
+        if len(x.block_shape) == 3:
+            tile = x.load([(b * T + t).to(tl.int32), head.to(tl.int32), 0])
+        else:
+            tile = x.load([b.to(tl.int32), t, head.to(tl.int32), 0])
         return tl.reshape(tile, [rows.shape[0], BLOCK_D])
     else:
         return load_rows(x, rows, live, D, BLOCK_D)
@@ -47,8 +50,16 @@ def as_tiles(rows: int, heads: int, x: Tensor, y: Tensor) -> tuple[bool, Any, An
     """
     if not (suits(x, rows, heads) and suits(y, rows, heads)):
         return False, x, y
-    boxes = ([1, rows // heads, heads, each.shape[3]] for each in (x, y))
-    return True, *map(TensorDescriptor.from_tensor, (x, y), boxes)
+    return True, describe(x, rows, heads), describe(y, rows, heads)
+
+
+def describe(x: Tensor, rows: int, heads: int) -> TensorDescriptor:
+    """In three dimensions, which are faster, unless a tile might reach into the next sequence."""
+    B, T, _, D = x.shape
+    box = [rows // heads, heads, D]
+    if B == 1 or T % box[0] == 0:
+        return TensorDescriptor.from_tensor(x.flatten(0, 1), box)
+    return TensorDescriptor.from_tensor(x, [1, *box])
 
 
 def suits(x: Tensor, rows: int, heads: int) -> bool:

@@ -27,7 +27,7 @@ from nsa.kernels.compressed import with_memory
 from nsa.kernels.lists import membership
 from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import cdiv, load_rows, operands, padded
-from nsa.kernels.selected import in_order, num_words_of
+from nsa.kernels.selected import dense_blocks, in_order, num_words_of
 
 ROWS = 32  # rows (token, head) a program takes
 SMALLEST_GATE = tl.constexpr(1e-30)  # below it a branch has no gradient; ln 0 is no number
@@ -99,19 +99,24 @@ def attend_gated(
     memory: int,
     length: int,
     window: int,
+    initial: int,
+    local: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out [B, T, H, Dv], and what the backward reuses of the selected and the sliding branch.
 
     compressed and lse_cmp are what `attend` gave for q, k_cmp, v_cmp; their gradient is part of
-    this one's. size, stride and memory are the compressed branch's, length a selected block's.
+    this one's. size, stride and memory are the compressed branch's, length a selected block's;
+    initial and local are `attend_blocks`'s.
     """
     if tiles:
         lists = membership(block_indices, num_words_of(k_slc, length))
         starts = lists.new_empty(0)
         selected, lse_slc = attend(q_rot, k_slc, v_slc, lists, "bits", causal, length, 1, 0)
     else:
-        found = attend_blocks(q_rot, k_slc, v_slc, block_indices, None, length, causal)
-        selected, lse_slc, lists, starts = found
+        rule = length, causal, initial, local
+        selected, lse_slc, lists, starts = attend_blocks(
+            q_rot, k_slc, v_slc, block_indices, None, *rule
+        )
     sliding, lse_win = attend(q_rot, k_win, v_win, None, "band", causal, window, 1, 0)
     out = gated_sum(gates, compressed, selected, sliding)
     return out, selected, lse_slc, lists, starts, sliding, lse_win
@@ -191,12 +196,14 @@ def weigh(
 @register_fake(attend_gated)
 def _(gates, q, k_cmp, v_cmp, compressed, lse_cmp, q_rot, k_slc, v_slc, indices, *rest):
     tiles, causal, length = rest[2], rest[3], rest[7]
+    initial, local = rest[9:]
     if tiles:
         B, T, J, _ = indices.shape
         lists = indices.new_empty(B, J, num_words_of(k_slc, length), T)
         starts = indices.new_empty(0)
     else:
-        *_, lists, starts = attend_blocks(q_rot, k_slc, v_slc, indices, None, length, causal)
+        rule = length, causal, initial, local
+        *_, lists, starts = attend_blocks(q_rot, k_slc, v_slc, indices, None, *rule)
     out, lse = compressed, lse_cmp
     like_out = [out.new_empty(out.shape) for _ in range(3)]
     like_lse = [lse.new_empty(lse.shape) for _ in range(2)]
@@ -210,7 +217,7 @@ def _(gates, q, k_cmp, v_cmp, compressed, lse_cmp, q_rot, k_slc, v_slc, indices,
 
 
 def _save(ctx, inputs, output):
-    tensors, ctx.rules = inputs[:12], inputs[12:]
+    tensors, ctx.rules = inputs[:12], inputs[12:-2]
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -220,7 +227,7 @@ def _backward(ctx, dout, *_):
     grads = attend_gated_backward(*ctx.saved_tensors, dout.contiguous(), *ctx.rules)
     dgates, dq, dk_cmp, dv_cmp, *of_rotated, dk_win, dv_win = grads
     known = None, None  # compressed and its lse
-    return dgates, dq, dk_cmp, dv_cmp, *known, *of_rotated, None, dk_win, dv_win, *([None] * 7)
+    return dgates, dq, dk_cmp, dv_cmp, *known, *of_rotated, None, dk_win, dv_win, *([None] * 9)
 
 
 register_autograd(attend_gated, _backward, setup_context=_save)
@@ -261,4 +268,5 @@ def gated_attention(
         gates.contiguous(), q, k_cmp, v_cmp, compressed, lse.detach().float().contiguous(),
         q_rot, k_slc, v_slc, indices, k_win, v_win,
         tiles, cfg.causal, size, stride, memory, length, cfg.sliding_window_size,
+        *dense_blocks(cfg, length),
     )[0]  # fmt: skip

@@ -55,7 +55,9 @@ def score_tile(
     exists = (lane < RATIO) & (offs_c < C)
     k = load_rows(k_ptr, (b * C + offs_c) * G + g, exists, D, BLOCK_D)  # [LANES*BLOCKS, BLOCK_D]
     score = tl.zeros([TOKENS, BLOCKS * LANES], tl.float32)
-    for r in range(R):
+    for i in range(R):
+        # There and back: a tile begins with the queries that L2 saw last.
+        r = tl.where(s0 // BLOCKS % 2 == 0, i, R - 1 - i)
         q = load_rows(q_ptr, rows + r, live, D, BLOCK_D)  # [TOKENS, BLOCK_D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if LOGITS:

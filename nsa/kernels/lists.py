@@ -60,13 +60,16 @@ def list_key_kernel(
     tl.store(keys_ptr + slot, key, mask=slot < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 @no_type_check
 def cut_kernel(
-    starts_ptr, ends_ptr, item_lists_ptr, shared_ends_ptr, num_lists, num_items,
+    starts_ptr, ends_ptr, item_lists_ptr, shared_ends_ptr, num_lists, num_items, runs, all_lists,
     ITEM: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: its lists, one after the other, cut into items of at most ITEM slots."""
+    """One chunk: its lists, one after the other, cut into items of at most ITEM slots.
+
+    An empty list has an item, too, which writes zeros; one of a head that is not there has none.
+    """
     chunk = tl.program_id(0)
     starts_ptr += chunk * num_lists
     ends_ptr += chunk * num_lists
@@ -78,6 +81,8 @@ def cut_kernel(
         live = lst < num_lists
         start = tl.load(starts_ptr + lst, mask=live, other=0)
         items = tl.cdiv(tl.load(starts_ptr + lst + 1, mask=live, other=0) - start, ITEM)
+        there = live & (chunk // runs * num_lists + lst < all_lists)
+        items = tl.where(there, tl.maximum(items, 1), 0)
         shared = tl.where(items > 1, items, 0)
         ends = end + tl.cumsum(items, 0)
         tl.store(ends_ptr + lst, ends, mask=live)
@@ -107,7 +112,9 @@ class Plan(NamedTuple):
     heads: int  # a chunk's index heads (b, j)
     tokens: int  # and how many of their tokens: all, if there are several heads
     chunks: int
+    runs: int  # chunks that an index head's tokens fill
     lists: int  # a chunk's: index heads x selection blocks
+    all_lists: int  # every index head x selection blocks
     item: int  # slots of a work item, at most
     items: int  # a chunk's work items, at most
     shared: int  # of these, items of lists that have several, at most
@@ -137,17 +144,18 @@ def plan_work(q: Tensor, block_indices: Tensor, length: int, width: int) -> Plan
     heads = cdiv(B * J, cdiv(B * J, max(1, fitting // T)))
     runs = cdiv(T, fitting)
     tokens = T if runs == 1 else cdiv(cdiv(T, runs), 64) * 64
-    chunks = cdiv(B * J, heads) * cdiv(T, tokens)
-    lists, slots = heads * cdiv(T, length), heads * tokens * N
-    item = max(64, ITEM_ROWS // R)
-    items, shared = min(lists, slots) + slots // item, 2 * slots // item + 1
-    return Plan(heads, tokens, chunks, lists, item, items, shared)
+    runs = cdiv(T, tokens)
+    num_blocks, slots = cdiv(T, length), heads * tokens * N
+    lists, item = heads * num_blocks, max(64, ITEM_ROWS // R)
+    return Plan(
+        heads, tokens, cdiv(B * J, heads) * runs, runs, lists, B * J * num_blocks, item,
+        items=lists + slots // item, shared=2 * slots // item + 1,
+    )  # fmt: skip
 
 
 def chunks_of(plan: Plan, num_heads: int, num_tokens: int) -> Iterator[Chunk]:
-    runs = cdiv(num_tokens, plan.tokens)
     for number in range(plan.chunks):
-        head, token = number // runs * plan.heads, number % runs * plan.tokens
+        head, token = number // plan.runs * plan.heads, number % plan.runs * plan.tokens
         heads, tokens = min(plan.heads, num_heads - head), min(plan.tokens, num_tokens - token)
         yield Chunk(number, head, heads, token, tokens)
 
@@ -173,8 +181,9 @@ def cut_items(starts: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     shapes = ((plan.chunks, plan.lists), (plan.chunks, plan.items), (plan.chunks, plan.lists))
     cut = [torch.empty(shape, dtype=torch.int32, device=starts.device) for shape in shapes]
     cut_kernel[(plan.chunks,)](
-        starts, *cut, plan.lists, plan.items, ITEM=plan.item, LISTS=1024, num_warps=4
-    )
+        starts, *cut, plan.lists, plan.items, plan.runs, plan.all_lists,
+        ITEM=plan.item, LISTS=1024, num_warps=4,
+    )  # fmt: skip
     ends, item_lists, shared_ends = cut
     return ends, item_lists, shared_ends
 

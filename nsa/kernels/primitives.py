@@ -70,6 +70,21 @@ def finite(m):
 
 @triton.jit
 @no_type_check
+def softmax_step(s, v, m, norm, acc, scale, PRECISION: tl.constexpr):
+    """One more tile of unscaled scores s, -inf where unseen, and of values v.
+
+    m is the rows' maximum in base 2, norm the sum of their exponents, acc that of weighted values.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * (scale * LOG2E))
+    p = tl.exp2(s * (scale * LOG2E) - finite(m_new)[:, None])
+    alpha = tl.exp2(m - finite(m_new))
+    norm = norm * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, norm, acc
+
+
+@triton.jit
+@no_type_check
 def row_delta(out_ptr, dout, dlse_ptr, rows, live, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
     """What is taken from every dP of a row, sum(dO * O) - dlse.
 

@@ -75,6 +75,17 @@ def in_order(
     return False, *split_blocks(indices, length, longest, q.shape[1])
 
 
+def dense_blocks(cfg: NSAConfig, length: int) -> tuple[int, int]:
+    """The blocks that every token keeps, initial and local ones, counted in blocks of `length`.
+
+    Without causality local blocks are not the last that a token sees: none is dense.
+    """
+    if not cfg.causal:
+        return 0, 0
+    parts = cfg.selection_block_size // length
+    return cfg.num_initial_blocks * parts, cfg.num_local_blocks * parts
+
+
 def num_words_of(k: Tensor, length: int) -> int:
     """Words of 32 bits that hold one for each selection block of k [B, T, G, D]."""
     return cdiv(cdiv(k.shape[1], length), 32)
@@ -110,4 +121,5 @@ def selected_attention(
         return attend(q, k, v, words, "bits", cfg.causal, length, 1, 0)[0]
     if block_gates is not None:
         block_gates = block_gates.repeat_interleave(cfg.selection_block_size // length, dim=-1)
-    return attend_blocks(q, k, v, indices, block_gates, length, cfg.causal)[0]
+    rule = length, cfg.causal, *dense_blocks(cfg, length)
+    return attend_blocks(q, k, v, indices, block_gates, *rule)[0]

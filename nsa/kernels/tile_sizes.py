@@ -102,6 +102,11 @@ TILES = {
         Row(Tile(32, 0, 4, 2), block=32),
         Row(Tile(32, 0, 8, 2)),
     ),
+    "merge": (
+        Row(Tile(64, 0, 4, 1), width=128),
+        Row(Tile(32, 0, 4, 1), block=32),
+        Row(Tile(32, 0, 8, 1)),
+    ),
     "block_bwd": (
         Row(Tile(64, 0, 4, 3), width=64, block=64),
         Row(Tile(64, 0, 4, 2), width=64),
@@ -135,6 +140,7 @@ TILES_FLOAT32 = {
         Row(Tile(16, 16, 4, 1)),
     ),
     "block_fwd": (Row(Tile(32, 0, 4, 1), width=128), Row(Tile(16, 0, 4, 1))),
+    "merge": (Row(Tile(32, 0, 4, 1), width=128), Row(Tile(16, 0, 4, 1))),
     "block_bwd": (Row(Tile(32, 0, 4, 1), width=128), Row(Tile(16, 0, 4, 1))),
     "select": (Row(Tile(32, 64, 4, 2)),),
 }
@@ -164,6 +170,7 @@ CANDIDATES = {
         *tiles((32, 64), (0,), (4, 2), (4, 3), (4, 4)),
         *tiles((64, 128), (0,), (8, 2), (8, 3)),
     ],
+    "merge": [*tiles((32, 64), (0,), (4, 1), (4, 2)), *tiles((64, 128), (0,), (8, 1), (8, 2))],
     "block_bwd": tiles((32, 64), (0,), (4, 1), (4, 2), (4, 3), (8, 2), (8, 3)),
     "select": [
         *tiles((64, 128), (64,), (4, 2)),
@@ -207,6 +214,7 @@ def operand_bytes(problem: Problem, tile: Tile) -> int:
         "attend_dq": (rows * (D + DV), keys * (D + DV)),
         "attend_dkv": (keys * (D + DV) + rows * keys, rows * (D + DV)),
         "block_fwd": (keys * (D + DV), rows * D),
+        "merge": (rows * D, keys * (D + DV)),
         "block_bwd": (keys * (D + DV) + rows * keys, rows * (D + DV)),
         "select": (keys * D, rows * D),
     }[problem.kernel]

@@ -23,10 +23,10 @@ from nsa.kernels.primitives import (
     LN2,
     LOG2E,
     div_mod,
-    finite,
     load_lse2,
     load_rows,
     row_delta,
+    softmax_step,
     store_rows,
 )
 
@@ -123,8 +123,8 @@ def attend_fwd_kernel(
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
         live_s = offs_s < num_keys
-        k = load_tile(k_tiles, key_rows, live_s, b, s0, g, D, BLOCK_D, DESCRIBED)
-        v = load_tile(v_tiles, key_rows, live_s, b, s0, g, DV, BLOCK_DV, DESCRIBED)
+        k = load_tile(k_tiles, key_rows, live_s, b, s0, num_keys, g, D, BLOCK_D, DESCRIBED)
+        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, DV, BLOCK_DV, DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
             seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
@@ -132,12 +132,7 @@ def attend_fwd_kernel(
         if RULE == "bits":
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
             s = tl.where(has_bit(word[:, None], offs_s[None, :], SPAN), s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * (scale * LOG2E))
-        p = tl.exp2(s * (scale * LOG2E) - finite(m_new)[:, None])
-        alpha = tl.exp2(m - finite(m_new))
-        norm = norm * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
+        m, norm, acc = softmax_step(s, v, m, norm, acc, scale, PRECISION)
     norm = tl.where(norm > 0, norm, 1.0)  # a row that saw nothing: out 0, m and lse -inf
     store_rows(out_ptr, rows, live, acc / norm[:, None], DV, BLOCK_DV)
     tl.store(lse_ptr + rows, (m + tl.log2(norm)) * LN2, mask=live)
@@ -189,8 +184,8 @@ def attend_dq_kernel(
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
         live_s = offs_s < num_keys
-        k = load_tile(k_tiles, key_rows, live_s, b, s0, g, D, BLOCK_D, DESCRIBED)
-        v = load_tile(v_tiles, key_rows, live_s, b, s0, g, DV, BLOCK_DV, DESCRIBED)
+        k = load_tile(k_tiles, key_rows, live_s, b, s0, num_keys, g, D, BLOCK_D, DESCRIBED)
+        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, DV, BLOCK_DV, DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[:, None])  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
@@ -271,13 +266,14 @@ def attend_dkv_kernel(
         live = offs_i < i_hi
         t, r = div_mod(offs_i, R)
         rows = (b * T + t) * H + j * R + r
-        q = load_tile(q_tiles, rows, live, b, i0 // R, j * R, D, BLOCK_D, DESCRIBED)
-        dout = load_tile(dout_tiles, rows, live, b, i0 // R, j * R, DV, BLOCK_DV, DESCRIBED)
+        t0 = i0 // R
+        q = load_tile(q_tiles, rows, live, b, t0, T, j * R, D, BLOCK_D, DESCRIBED)
+        dout = load_tile(dout_tiles, rows, live, b, t0, T, j * R, DV, BLOCK_DV, DESCRIBED)
         lse2 = load_lse2(lse_ptr, rows, live)
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[None, :])  # [KEYS, ROWS]
-        _, full_hi = seen_keys(i0 // R, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+        _, full_hi = seen_keys(t0, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
         full_lo, _ = seen_keys((i0 + ROWS - 1) // R, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
             first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
