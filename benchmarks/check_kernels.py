@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 import triton
@@ -55,6 +56,7 @@ class Case:
     logits: float = 1.0  # a factor on the queries
     memories: int = 0
     described: bool = True  # tiles by descriptor where sizes and GPU allow it
+    chunk_bytes: tuple[int, int] = lists.PARTIAL_BYTES  # partial results of a chunk: least, most
 
     @property
     def cfg(self) -> NSAConfig:
@@ -73,6 +75,10 @@ CHECKS = {
         2, 1000, 8, 4, 64, 64, sizes=PAPER, memories=2, described=False
     ),
     "paper 16/1 D128 by address": Case(1, 1000, 16, 1, 128, 128, sizes=PAPER, described=False),
+    "half the tokens a chunk": Case(1, 1000, 8, 4, 64, 64, sizes=PAPER, chunk_bytes=(2**21, 2**21)),
+    "3 of 8 heads a chunk": Case(
+        2, 1000, 8, 4, 64, 64, sizes=PAPER, chunk_bytes=(13 * 2**20, 13 * 2**20)
+    ),
     "mha 4/4 D128": Case(1, 1000, 4, 4, 128, 128, sizes=PAPER | dict(num_selected_blocks=6)),
     "small 8/2 D64": Case(2, 1024, 8, 2, 64, 64, sizes=SMALL),
     "long 4/2 D64": Case(1, 8192, 4, 2, 64, 64, sizes=PAPER),
@@ -313,7 +319,8 @@ def main() -> None:
             check_addresses()
         else:
             case = CHECKS[args.check_one]
-            with by_descriptor(case.described):
+            chunked = patch.object(lists, "PARTIAL_BYTES", case.chunk_bytes)
+            with by_descriptor(case.described), chunked:
                 check_case(case)
         sys.exit(bool(FAILED))
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"

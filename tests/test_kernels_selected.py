@@ -102,9 +102,10 @@ def test_dense_blocks_have_no_partial_results(R, dense, monkeypatch):
 
 def test_which_blocks_are_dense():
     cfg = config(160, 2)
-    assert selected.dense_blocks(cfg, 160) == (1, 2)
-    assert selected.dense_blocks(cfg, 80) == (2, 4), "in parts"
-    assert selected.dense_blocks(config(160, 2, causal=False), 160) == (0, 0)
+    assert selected.dense_blocks(cfg, 160, 128) == (1, 2)
+    assert selected.dense_blocks(cfg, 80, 128) == (2, 4), "in parts"
+    assert selected.dense_blocks(cfg, 160, 256) == (0, 0), "not where it does not pay"
+    assert selected.dense_blocks(config(160, 2, causal=False), 160, 128) == (0, 0)
 
 
 def test_a_long_block_is_split():

@@ -27,7 +27,7 @@ from nsa.kernels.compressed import with_memory
 from nsa.kernels.lists import membership
 from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.primitives import cdiv, load_rows, operands, padded
-from nsa.kernels.selected import dense_blocks, in_order, num_words_of
+from nsa.kernels.selected import dense_blocks, in_order, num_words_of, width_of
 
 ROWS = 32  # rows (token, head) a program takes
 SMALLEST_GATE = tl.constexpr(1e-30)  # below it a branch has no gradient; ln 0 is no number
@@ -268,5 +268,5 @@ def gated_attention(
         gates.contiguous(), q, k_cmp, v_cmp, compressed, lse.detach().float().contiguous(),
         q_rot, k_slc, v_slc, indices, k_win, v_win,
         tiles, cfg.causal, size, stride, memory, length, cfg.sliding_window_size,
-        *dense_blocks(cfg, length),
+        *dense_blocks(cfg, length, width_of(q_rot, v_slc)),
     )[0]  # fmt: skip

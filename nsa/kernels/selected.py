@@ -40,12 +40,19 @@ TILE_REACH = (
 )
 
 
-def longest_block(dtype: torch.dtype, D: int, DV: int) -> int:
+WIDEST_DENSE = 128  # padded head dimension up to which dense blocks pay (README.md)
+
+
+def width_of(q: Tensor, v: Tensor) -> int:
+    """The larger head dimension, as tiles hold it."""
+    return max(padded(q.shape[3]), padded(v.shape[3]))
+
+
+def longest_block(dtype: torch.dtype, width: int) -> int:
     """Tokens of a selection block that a program holds at once."""
-    wide = max(padded(D), padded(DV))
     if dtype.itemsize == 4:
-        return 64 if wide <= 64 else 32 if wide <= 128 else 16
-    return 128 if wide <= 128 else 64
+        return 64 if width <= 64 else 32 if width <= 128 else 16
+    return 128 if width <= 128 else 64
 
 
 def split_blocks(
@@ -67,20 +74,20 @@ def in_order(
 ) -> tuple[bool, Tensor, int]:
     """Whether to pass over tiles; the indices, and the length of a block, that the order takes."""
     indices, length = block_indices.int().contiguous(), cfg.selection_block_size
-    group = q.shape[2] // indices.shape[2]
-    width = max(padded(q.shape[3]), padded(v.shape[3]))
+    group, width = q.shape[2] // indices.shape[2], width_of(q, v)
     if indices.shape[-1] == 0 or (not gated and prefers_tiles(q.shape[1], group, width, cfg)):
         return True, indices, length
-    longest = longest_block(q.dtype, q.shape[3], v.shape[3])
+    longest = longest_block(q.dtype, width)
     return False, *split_blocks(indices, length, longest, q.shape[1])
 
 
-def dense_blocks(cfg: NSAConfig, length: int) -> tuple[int, int]:
-    """The blocks that every token keeps, initial and local ones, counted in blocks of `length`.
+def dense_blocks(cfg: NSAConfig, length: int, width: int) -> tuple[int, int]:
+    """How many initial and how many local blocks to attend to densely, in blocks of `length`.
 
-    Without causality local blocks are not the last that a token sees: none is dense.
+    Those that selection forces, where it pays. Without causality local blocks are not the last that
+    a token sees: none is dense.
     """
-    if not cfg.causal:
+    if not cfg.causal or width > WIDEST_DENSE:
         return 0, 0
     parts = cfg.selection_block_size // length
     return cfg.num_initial_blocks * parts, cfg.num_local_blocks * parts
@@ -121,5 +128,5 @@ def selected_attention(
         return attend(q, k, v, words, "bits", cfg.causal, length, 1, 0)[0]
     if block_gates is not None:
         block_gates = block_gates.repeat_interleave(cfg.selection_block_size // length, dim=-1)
-    rule = length, cfg.causal, *dense_blocks(cfg, length)
+    rule = length, cfg.causal, *dense_blocks(cfg, length, width_of(q, v))
     return attend_blocks(q, k, v, indices, block_gates, *rule)[0]

@@ -104,8 +104,7 @@ TILES = {
     ),
     "merge": (
         Row(Tile(64, 0, 4, 1), width=128),
-        Row(Tile(32, 0, 4, 1), block=32),
-        Row(Tile(32, 0, 8, 1)),
+        Row(Tile(32, 0, 4, 1)),
     ),
     "block_bwd": (
         Row(Tile(64, 0, 4, 3), width=64, block=64),
