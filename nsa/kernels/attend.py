@@ -11,6 +11,7 @@ from torch import Tensor
 from nsa.kernels.autotune import with_tile
 from nsa.kernels.descriptors import as_tiles
 from nsa.kernels.op import custom_op, register_autograd, register_fake
+from nsa.kernels.partial_sums import summed
 from nsa.kernels.primitives import (
     cdiv,
     num_multiprocessors,
@@ -137,7 +138,7 @@ def gradients(
             **constants, ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return summed(dk, k), summed(dv, v)
+        return summed(dk, dv, k, v, J)
 
     with torch.cuda.device_of(q):
         of_dq = problem("attend_dq", q, v, J, name)
@@ -183,15 +184,6 @@ def partial_like(x: Tensor, splits: int, index_heads: int) -> Tensor:
     if splits == 1 and index_heads == G:
         return torch.empty_like(x)
     return torch.empty(splits, B, S, index_heads, D, dtype=torch.float32, device=x.device)
-
-
-def summed(partial: Tensor, like: Tensor) -> Tensor:
-    """Sum over the splits and over the index heads that share a key head, as `like`."""
-    if partial.ndim == like.ndim:
-        return partial
-    B, S, G, D = like.shape
-    heads = partial.shape[3] // G
-    return partial.view(-1, B, S, G, heads, D).sum((0, 4)).to(like.dtype)
 
 
 @register_fake(attend)

@@ -18,6 +18,7 @@ from nsa.kernels.block_order import (
 )
 from nsa.kernels.lists import Chunk, Plan, chunks_of, cut_items, plan_work, sort_slots
 from nsa.kernels.op import custom_op, register_autograd, register_fake
+from nsa.kernels.partial_sums import summed
 from nsa.kernels.primitives import cdiv, padded, power_of_2, precision
 from nsa.kernels.tile_sizes import Problem, Tile, table_tile
 
@@ -137,7 +138,7 @@ def block_gradients(
         part_dgate = new(parts) if gated else None
         part_dk, part_dv = (new(plan.shared * length, W) for W in (D, DV))
         dq, dk, dv = torch.empty_like(q), sums_for(k, J, plan), sums_for(v, J, plan)
-        dgates = torch.zeros(B * J, T if gated else 0, N, dtype=torch.float32, device=device)
+        dgates = new(B * J, T, N) if gated else new(0)
         for chunk in chunks_of(plan, B * J, T):
             block_bwd_kernel[(plan.items,)](
                 q, k, v, dout, lse, delta,
@@ -147,12 +148,12 @@ def block_gradients(
                 **constants, GATES=gated, AHEAD=padded(max(D, DV)) <= 64,
                 ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-            for part, total, W in ((part_dk, dk, D), (part_dv, dv, DV)):
-                sum_items_kernel[(plan.lists, cdiv(length, 8))](
-                    part, total, ends, shared_ends, T, num_blocks,
-                    chunk.number, chunk.first_head, chunk.first_token,
-                    J=J, D=W, LENGTH=length, BLOCK_D=padded(W), KEYS=8, ITEMS=8, num_warps=4,
-                )  # fmt: skip
+            sum_items_kernel[(plan.lists, cdiv(length, 8), 2)](
+                part_dk, part_dv, dk, dv, ends, shared_ends, T, num_blocks,
+                chunk.number, chunk.first_head, chunk.first_token,
+                J=J, D=D, DV=DV, LENGTH=length, BLOCK_D=padded(D), BLOCK_DV=padded(DV),
+                KEYS=8, ITEMS=8, num_warps=4,
+            )  # fmt: skip
             sum_slots_kernel[(cdiv(chunk.tokens * R, 32) * chunk.heads,)](
                 part_dq, block_indices, dq, T, chunk.first_head, chunk.first_token, chunk.tokens,
                 H=H, J=J, N=N, D=D, BLOCK_D=padded(D), ROWS=32, num_warps=4,
@@ -160,13 +161,13 @@ def block_gradients(
             if part_dgate is not None:
                 by_slot = part_dgate.view(plan.heads, plan.tokens, N, R).sum(-1)
                 part_of(dgates, chunk).copy_(by_slot[: chunk.heads, : chunk.tokens])
-        return dq, by_key_head(dk, k), by_key_head(dv, v), dgates
+        return dq, *summed(dk, dv, k, v, J), dgates
 
     with torch.cuda.device_of(q):
         ends, item_lists, shared_ends = cut_items(starts, plan)
         dq, dk, dv, dgates = with_tile(problem("block_bwd", q, v, J, length), launch)
     if not gated:
-        return dq, dk, dv, dgates.flatten()
+        return dq, dk, dv, dgates
     dgates = dgates.view(B, J, T, N).transpose(1, 2)
     return dq, dk, dv, dgates.where(block_indices >= 0, 0.0).contiguous()
 
@@ -198,14 +199,6 @@ def sizes(
 def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, length: int) -> Problem:
     _, T, H, D = q.shape
     return Problem(kernel, q.dtype, D, v.shape[3], H // index_heads, T, q.device, block=length)
-
-
-def by_key_head(total: Tensor, like: Tensor) -> Tensor:
-    """The sum over the index heads [B, T, J, D] that share a key head, as `like`."""
-    B, T, G, D = like.shape
-    if total.shape[2] != G:
-        total = total.view(B, T, G, total.shape[2] // G, D).sum(3)
-    return total.to(like.dtype)
 
 
 @register_fake(attend_blocks)

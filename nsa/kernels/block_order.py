@@ -349,9 +349,9 @@ def block_bwd_kernel(
         store_parts(part_dv_ptr, part_rows, offs_s < end, dv, DV, PART_V)
 
 
-@triton.jit(do_not_specialize=["chunk", "head0"])
+@triton.jit
 @no_type_check
-def sum_items_kernel(
+def sum_items(
     part_ptr, sum_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
     J: tl.constexpr, D: tl.constexpr, LENGTH: tl.constexpr,
     BLOCK_D: tl.constexpr, KEYS: tl.constexpr, ITEMS: tl.constexpr,
@@ -377,6 +377,27 @@ def sum_items_kernel(
         part = load_rows(part_ptr, (first + item) * LENGTH + key, live_part, D, BLOCK_D)
         acc += tl.sum(tl.reshape(part, [ITEMS, KEYS, BLOCK_D]), 0)
     store_rows(sum_ptr, rows, live, acc, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["chunk", "head0"])
+@no_type_check
+def sum_items_kernel(
+    part_dk_ptr, part_dv_ptr, dk_ptr, dv_ptr, ends_ptr, shared_ends_ptr,
+    T, num_blocks, chunk, head0, t0,
+    J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, KEYS: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """Program (list, KEYS of its keys, 0) sums the items' dK, program (..., 1) their dV."""
+    if tl.program_id(2) == 0:
+        sum_items(
+            part_dk_ptr, dk_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
+            J, D, LENGTH, BLOCK_D, KEYS, ITEMS,
+        )  # fmt: skip
+    else:
+        sum_items(
+            part_dv_ptr, dv_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
+            J, DV, LENGTH, BLOCK_DV, KEYS, ITEMS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["head0"])
