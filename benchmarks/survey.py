@@ -20,12 +20,13 @@ from nsa.kernels.tile_sizes import Problem, Tile, candidates, table_tile, tiles
 
 OP = {"prefix": "compressed", "band": "window", "bits": "selected tiles", "": "selected blocks"}
 KINDS = (  # kernel and rule, the most valuable first
-    *(("block_bwd", ""), ("block_fwd", "")),
+    *(("block_bwd", ""), ("block_fwd", ""), ("merge", "")),
     *(("attend_dkv", "prefix"), ("attend_dq", "prefix"), ("attend_fwd", "prefix")),
     *(("attend_dkv", "band"), ("attend_dq", "band"), ("attend_fwd", "band")),
     *(("select", ""), ("orders", "")),
     *(("attend_dkv", "bits"), ("attend_dq", "bits"), ("attend_fwd", "bits")),
 )
+FORWARD = "attend_fwd", "block_fwd", "merge", "select"
 REHEARSED = tiles((16, 32), (16,), (4, 1))  # candidates in float32 on a CPU
 ROUNDINGS = 4  # of the largest value, that two right tiles may differ by
 DISAGREEING = 1e-3  # share of chosen blocks, likewise
@@ -102,7 +103,7 @@ def survey(
     _ = w.indices  # before the survey begins
     chosen = Survey(kernel, rule, timer)
     with patch.object(autotune, "choose", chosen), any_order(item.order):
-        run(item.op, item.inputs, backward=kernel not in ("attend_fwd", "block_fwd", "select"))
+        run(item.op, item.inputs, backward=kernel not in FORWARD)
     return chosen.rows
 
 

@@ -171,3 +171,8 @@ def test_tuning_is_rehearsed_on_a_cpu_and_goes_on(tmp_path) -> None:
     report = tune.report(tune.read(tmp_path / "tune.csv"))
     assert report.count("attend_fwd") == 3 and report.count(" ms   best ") == 3
     assert "block order ahead of tiles, 4/2 D16: " in report and "lost: silent" in report
+
+
+def test_every_kernel_with_tiles_is_surveyed():
+    assert {kernel for kernel, _ in survey.KINDS} == {*tile_sizes.TILES, "orders"}
+    assert {*tile_sizes.TILES} == {*tile_sizes.TILES_FLOAT32} == {*tile_sizes.CANDIDATES}
