@@ -15,7 +15,7 @@ def test_ops_and_launches_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, backward = map(host_overhead.counts, host_overhead.counted(NARROW, autocast=False))
     most = Counts(launches=9, custom_ops=10, torch_kernels=30, torch_calls=228)
     assert all(n <= limit for n, limit in zip(forward, most, strict=True)), forward
-    most = Counts(launches=10, custom_ops=4, torch_kernels=51, torch_calls=323)
+    most = Counts(launches=12, custom_ops=4, torch_kernels=49, torch_calls=315)
     assert all(n <= limit for n, limit in zip(backward, most, strict=True)), backward
 
 

@@ -4,6 +4,7 @@
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,7 +56,7 @@ def summed(
     (B, S, G, D), DV = k.shape, v.shape[3]
     if part_dk.dtype == k.dtype and part_dk.numel() == k.numel():
         return part_dk.view_as(k), part_dv.view_as(v)
-    dk, dv, rows = k.new_empty(k.shape), v.new_empty(v.shape), B * S * G
+    dk, dv, rows = torch.empty_like(k), torch.empty_like(v), B * S * G
     parts = part_dk.shape[0] if part_dk.ndim == 5 else 1
     sum_parts_kernel[(cdiv(rows * max(D, DV), ENTRIES), 2)](
         part_dk, part_dv, dk, dv, rows, parts,
