@@ -47,8 +47,15 @@ def results(B: int, T: int, H: int, G: int, D: int, Dv: int) -> list[torch.Tenso
     return found
 
 
-@pytest.mark.parametrize("shape", [(70, 2, 2, 16, 16), (50, 16, 1, 16, 32), (33, 4, 2, 32, 16)])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "shape"),
+    [
+        (2, (70, 2, 2, 16, 16)),
+        (2, (50, 16, 1, 16, 32)),
+        (2, (33, 4, 2, 32, 16)),
+        (1, (33, 4, 2, 32, 16)),
+    ],
+)
 def test_the_same_as_by_address(batch, shape, monkeypatch, request):
     """Runs of no whole number of tiles, sequences that end within one, widths of their own."""
     by_address = results(batch, *shape)

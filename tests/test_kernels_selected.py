@@ -72,8 +72,9 @@ def test_chunks_items_and_gates(index_heads, partial_bytes, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("dense", [(0, 0), (0, 1), (1, 0), (2, 1), (1, 3)])
-@pytest.mark.parametrize("R", [1, 3])
+@pytest.mark.parametrize(
+    ("R", "dense"), [(1, (0, 0)), (1, (0, 1)), (1, (1, 0)), (3, (2, 1)), (3, (1, 3))]
+)
 def test_dense_blocks_have_no_partial_results(R, dense, monkeypatch):
     """The slots of other blocks are written, and no others are read: memory is poisoned."""
     (initial, local), T, cfg = dense, 75, config(12, 4)
