@@ -19,7 +19,7 @@ train: .venv/.installed ## train a small NSA model on the standard library's sou
 	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) OMP_WAIT_POLICY=PASSIVE $(BIN)/python train.py experiment=first_run
 
 sweep-report: .venv/.installed ## draw a sweep's table and plot from its sweep.csv: SWEEP=folder, or the newest
-	@$(BIN)/python -m callbacks.sweep_report $(SWEEP)
+	@$(BIN)/python -m runs.sweep_report $(SWEEP)
 
 test: .venv/.installed ## run the tests that need no GPU
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-import checkpoints
-import resume
 from data.tokenizer import restored_tokenizer
-from nsa.lightning_module import NSALightningModule
+from nsa.training.lightning_module import NSALightningModule
+from runs import checkpoints, resume
 
 
 @dataclass(kw_only=True)

@@ -7,38 +7,17 @@
 conf/train.yaml lists what can be set.
 """
 
-import json
-import logging
-import math
-import os
 import sys
-import time
 import warnings
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import hydra
-import lightning as L
-import torch
-import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from omegaconf import DictConfig, OmegaConf
-from torch.distributed import is_torchelastic_launched
+from omegaconf import DictConfig
 
-import checkpoints
-import resume
-import strategies
-import sweep
 from callbacks.preemption import EXIT_CODE, Preempted, leave_on_signals
-from callbacks.run_folder import write_text
-from callbacks.throughput import Throughput
-from data.base import TokenDataModule
-from nsa.lightning_module import NSALightningModule
-
-log = logging.getLogger(__name__)
+from runs import resume, sweep
+from runs.run import run_alone
 
 NOT_FOR_USERS = (
     r".*isinstance.treespec, LeafSpec.* is deprecated",  # in Lightning, under PyTorch 2.13
@@ -47,189 +26,6 @@ NOT_FOR_USERS = (
     r".*distributed.nn.functional.all_gather is deprecated",  # in Lightning, likewise
     r".*does not have many workers",  # data.num_workers is chosen by the corpus
 )
-
-
-class Run(NamedTuple):
-    module: NSALightningModule
-    datamodule: TokenDataModule
-    trainer: L.Trainer
-
-
-def build(cfg: DictConfig) -> Run:
-    """Make everything, from the seed on; whatever can be refused is refused here."""
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    check_settings(settings)
-    parts = ("model", "optimizer", "scheduler", "compile", "activation_checkpointing")
-    module = NSALightningModule(**{part: settings[part] for part in parts})
-    trainer = build_trainer(cfg)
-    module.check_trainer(trainer)
-    micro_batch_size, trainer.accumulate_grad_batches = divide_step(trainer.world_size, **cfg.batch)
-    trainer.val_check_interval = cfg.val_every_n_steps * trainer.accumulate_grad_batches
-    datamodule = instantiate(cfg.data, micro_batch_size=micro_batch_size)
-    # On every rank, before any waits for another: the first one prepares, however long it takes.
-    datamodule.prepare_data(verify=trainer.local_rank == 0)
-    datamodule.setup("fit")
-    if cfg.ckpt_path and trainer.local_rank == 0:
-        order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
-        resume.check_same_run(checkpoints.check_metadata(Path(cfg.ckpt_path)), settings, order)
-        if trainer.is_global_zero:
-            resume.remember(Path(cfg.run_dir), cfg, HydraConfig.get().overrides.task)
-    return Run(module, datamodule, trainer)
-
-
-def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse what no part of the program would notice by itself.
-
-    Raises:
-        ValueError: naming the value, the rule and the way out.
-    """
-    for name in ("sequences_per_step", "micro_batch_size"):
-        if settings["batch"][name] < 1:
-            raise ValueError(f"batch.{name}={settings['batch'][name]} must be at least 1")
-    if settings["val_every_n_steps"] < 1:
-        raise ValueError(
-            f"val_every_n_steps={settings['val_every_n_steps']} must be at least 1; a number above "
-            "trainer.max_steps validates at the end alone"
-        )
-    sweep.check_objective(settings["objective"])
-    model, data = settings["model"]["vocab_size"], settings["data"]["vocab_size"]
-    if model < data:
-        raise ValueError(f"model.vocab_size={model} must be at least data.vocab_size={data}")
-    for path, value in resume.flatten(settings, ""):
-        if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "maybe"):
-            raise ValueError(
-                f"{path[1:]}={value} is text, which counts as true: write true or false"
-            )
-
-
-def divide_step(
-    world_size: int, *, sequences_per_step: int, micro_batch_size: int
-) -> tuple[int, int]:
-    """Sequences that a process takes at once, and how often a step: as few times as fit.
-
-    The step is the same on any number of processes; `micro_batch_size` is the most that fits one.
-
-    Raises:
-        ValueError: if the processes cannot have equal shares of a step.
-    """
-    share, rest = divmod(sequences_per_step, world_size)
-    if rest:
-        raise ValueError(
-            f"batch.sequences_per_step={sequences_per_step} must be a multiple of the {world_size} "
-            "processes that share a step: change it, or trainer.devices"
-        )
-    at_once = max(n for n in range(1, min(micro_batch_size, share) + 1) if share % n == 0)
-    return at_once, share // at_once
-
-
-def build_trainer(cfg: DictConfig) -> L.Trainer:
-    """The trainer with its callbacks and loggers."""
-    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
-    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
-    notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    notices.setLevel(logging.WARNING)  # the summary tells what they tell
-    trainer = instantiate(
-        cfg.trainer,
-        precision=resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator),
-        callbacks=callbacks,
-        logger=loggers,
-        plugins=plugins(),
-    )
-    notices.setLevel(logging.INFO)
-    if trainer.world_size > 1 and sweeping() and not is_torchelastic_launched():
-        raise ValueError(f"trainer.devices={cfg.trainer.devices}: {sweep.ONE_PROCESS}")
-    return trainer
-
-
-def plugins() -> list[Any]:
-    """Checkpoints are whole; under srun callbacks.preemption saves, no handler of Lightning's."""
-    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    return [checkpoints.WholeCheckpointIO(), *slurm]
-
-
-def resolve_precision(precision: str, accelerator: str) -> str:
-    """What `auto` means: bf16-mixed on a GPU that has it, 32-true elsewhere."""
-    if precision != "auto":
-        return precision
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    has_bf16 = on_gpu and torch.cuda.get_device_capability(rank) >= (8, 0)
-    return "bf16-mixed" if has_bf16 else "32-true"
-
-
-def train(run: Run, cfg: DictConfig) -> dict[str, Any]:
-    """Fit, validate and test with the last weights; returns what result.json holds."""
-    started = time.monotonic()
-    module, datamodule, trainer = run
-    if trainer.is_global_zero:
-        print(summary(run, cfg), flush=True)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
-    metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    evaluations = []
-    if module.evaluated_step != trainer.global_step:  # no validation was due at the last step
-        evaluations += trainer.validate(module, datamodule=datamodule, verbose=False)
-    if cfg.test:
-        evaluations += trainer.test(module, datamodule=datamodule, verbose=False)
-    for evaluation in evaluations:
-        metrics |= evaluation
-    bpb = {f"{split}_bpb": finite(metrics.get(f"{split}/bpb")) for split in ("val", "test")}
-    result = bpb | figures(run, cfg, time.monotonic() - started)
-    if trainer.is_global_zero:
-        report(result, cfg)
-    return result
-
-
-def finite(value: Any) -> float | None:
-    """A measured value as a number; None where there is none."""
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def summary(run: Run, cfg: DictConfig) -> str:
-    """What is about to run, as a table."""
-    model, trainer = run.module.model, run.trainer
-    sequences, seq_len = cfg.batch.sequences_per_step, cfg.model.seq_len
-    shares = f"{trainer.world_size} × {run.datamodule.micro_batch_size} at once"
-    shares += f" × {trainer.accumulate_grad_batches} accumulated"
-    step = f"{sequences * seq_len:,} ({sequences} sequences of {seq_len:,}: {shares})"
-    backends = sorted({getattr(block.attention, "backend", "sdpa") for block in model.layers})
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    rows = {
-        "model": f"{cfg.model.name}, {model.num_params / 1e6:.2f} M parameters",
-        "tokens per step": step,
-        "steps": f"{trainer.max_steps:,}",
-        "visible tokens": f"{model.visible_tokens(seq_len):.0f} keys per query, of all branches",
-        "device": f"{trainer.world_size} × {name}",
-        "backend": ", ".join(backends),
-        "precision": trainer.precision,
-        "run folder": cfg.run_dir,
-    }
-    return "\n".join(f"{label:>16}  {value}" for label, value in rows.items())
-
-
-def figures(run: Run, cfg: DictConfig, seconds: float) -> dict[str, Any]:
-    """What there is to know of a run beside its bpb."""
-    model, trainer = run.module.model, run.trainer
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    speeds = [c.tokens_per_second for c in callbacks if isinstance(c, Throughput)]
-    return {
-        "num_params": model.num_params,
-        "visible_tokens": model.visible_tokens(cfg.model.seq_len),
-        "tokens_per_second": speeds[0] if speeds else None,
-        "steps": trainer.global_step,
-        "overrides": list(HydraConfig.get().overrides.task),
-        "seconds": round(seconds, 1),
-    }
-
-
-def report(result: dict[str, Any], cfg: DictConfig) -> None:
-    """Write result.json, which the table of a sweep is made of, and print what counts."""
-    write_text(Path(cfg.run_dir, "result.json"), json.dumps(result, indent=2) + "\n")
-    bpb = {name: result[name] for name in ("val_bpb", "test_bpb")}
-    measured = [f"{name} {bits:.4f}" for name, bits in bpb.items() if bits is not None]
-    measured += [f"{result['steps']:,} steps", f"{result['seconds']:.0f} s", cfg.run_dir]
-    print("  ".join(measured))
 
 
 def sweeping() -> bool:
@@ -242,39 +38,9 @@ def main(cfg: DictConfig) -> float | list[float] | None:
         warnings.filterwarnings("ignore", message=warning)
     leave_on_signals()
     try:
-        return sweep.run_job(cfg, build, train) if sweeping() else run_alone(cfg)
+        return sweep.run_job(cfg) if sweeping() else run_alone(cfg)
     except Preempted:
         sys.exit(EXIT_CODE)
-
-
-def run_alone(cfg: DictConfig) -> None:
-    """One run; what ends it before its time ends the program with the reason."""
-    try:
-        run = build(cfg)
-    except sweep.REFUSALS as error:
-        if "HYDRA_FULL_ERROR" in os.environ:
-            raise
-        sys.exit(f"{sweep.root(error)}\nHYDRA_FULL_ERROR=1 shows where")
-    leads = run.trainer.is_global_zero
-    try:
-        train(run, cfg)
-    except Preempted as told:
-        if leads:
-            log.warning("%s; it goes on with run_dir=%s", told, cfg.run_dir)
-        wandb.finish()
-        run.trainer.strategy.barrier()  # Lightning would kill rank zero if another left first
-        raise
-    except BaseException as error:
-        known = isinstance(error, FloatingPointError | OSError)
-        known = known and "HYDRA_FULL_ERROR" not in os.environ
-        if known and leads:
-            print(error, file=sys.stderr, flush=True)
-        wandb.finish(exit_code=1)
-        strategies.end_together(run.trainer)
-        if known:
-            sys.exit(1)
-        raise
-    wandb.finish()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def causal_mask(tokens: int, device: torch.device) -> BlockMask:
 
 def fla(w: Workload) -> ModuleType:
     needs_gpu(w)
-    module = installed(FLA, "fla.ops.nsa.parallel")
+    module = installed(FLA, "fla.ops.nsa.training.parallel")
     group = w.layout.heads // w.layout.kv_heads
     if group < 16 or group & (group - 1):
         raise Unavailable(f"{FLA} wants 16 query heads a group or a higher power of 2, not {group}")

@@ -24,9 +24,10 @@ from torch import nn
 from benchmarks import measure, workers
 from benchmarks.workers import Assignment, Job, Row, Unavailable, attempt
 from callbacks.throughput import peak_flops_of
-from nsa import cuda_graphs, ops, parallel
+from nsa import ops
 from nsa.attention import SparseAttention, WindowAttention
-from nsa.lightning_module import adamw, total_nats
+from nsa.training import cuda_graphs, parallel
+from nsa.training.lightning_module import adamw, total_nats
 from nsa.transformer import Transformer
 
 MODULE = "benchmarks.train_step"

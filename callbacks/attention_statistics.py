@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from callbacks.every_n_steps import EveryNSteps, aside, log_metrics
-from callbacks.run_folder import leaves_files, replacing, run_folder
 from nsa import blocks
 from nsa.attention import SparseAttention
 from nsa.config import NSAConfig
+from runs.folder import leaves_files, replacing, run_folder
 
 BRANCHES = ("compressed", "selected", "sliding")
 

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from callbacks.run_folder import replacing
+from runs.folder import replacing
 
 Row = dict[str, str]
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from callbacks.csv_logger import Row, RunCSVLogger, read_rows
-from callbacks.run_folder import leaves_files, replacing, run_folder
+from runs.folder import leaves_files, replacing, run_folder
 
 TRAIN, VALIDATION = "#8aa9c9", "#c2452d"
 TICKS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.every_n_steps import log_metrics
 from callbacks.every_step import EveryStep, Step, span
-from callbacks.run_folder import run_folder, write_text
+from runs.folder import run_folder, write_text
 
 log = logging.getLogger(__name__)
 

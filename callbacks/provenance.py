@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
-from callbacks.run_folder import leaves_files, run_folder, write_text
+from runs.folder import leaves_files, run_folder, write_text
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks.every_n_steps import EveryNSteps, aside
-from callbacks.run_folder import run_folder, write_text
 from nsa.transformer import check_sampling
+from runs.folder import run_folder, write_text
 
 
 class Samples(EveryNSteps):

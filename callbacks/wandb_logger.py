@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 
-from callbacks.run_folder import write_text
+from runs.folder import write_text
 
 MAX_NAME = 128  # characters that W&B shows a run by; it refuses more
 

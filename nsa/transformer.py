@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.attention = attention
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
-        self.checkpoint: Callable[..., Tensor] | None = None  # nsa.parallel decides
+        self.checkpoint: Callable[..., Tensor] | None = None  # nsa.training.parallel decides
 
     def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
         if self.checkpoint is None:

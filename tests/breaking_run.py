@@ -11,7 +11,7 @@ from tiny_run import tiny_trainer
 from torch import Tensor
 
 from data.datamodule import TextDataModule
-from nsa.lightning_module import NSALightningModule
+from nsa.training.lightning_module import NSALightningModule
 
 ROWS, SEQ_LEN = 2, 8
 ADAMW = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}

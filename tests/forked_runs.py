@@ -121,7 +121,7 @@ def one_rank(
 
 def arm(sent: Signal) -> None:
     """Make the module send the signal to its own process when that micro-batch begins."""
-    from nsa.lightning_module import NSALightningModule
+    from nsa.training.lightning_module import NSALightningModule
 
     step = NSALightningModule.training_step
 

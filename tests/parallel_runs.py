@@ -27,11 +27,10 @@ from test_train import ADAMW, ATTENTION, COSINE, MODEL
 from torch import nn
 from torch.utils.data import DataLoader
 
-import checkpoints
-import strategies
 from callbacks.guard import Guard
 from callbacks.step_checkpoint import StepCheckpoint
-from nsa.lightning_module import NSALightningModule
+from nsa.training.lightning_module import NSALightningModule
+from runs import checkpoints, strategies
 
 ROOT = Path(__file__).parent.parent
 STEPS, VOCAB, SEQ_LEN = 4, 7, 12

@@ -17,7 +17,7 @@ from callbacks.loss_plot import LossPlot
 from callbacks.loss_spikes import LossSpikes
 from callbacks.progress_bar import StepProgressBar
 from callbacks.provenance import Provenance
-from callbacks.resume import Resume
+from callbacks.rewind_metrics import RewindMetrics
 from callbacks.samples import Samples
 from callbacks.step_checkpoint import StepCheckpoint
 from callbacks.throughput import Throughput
@@ -35,7 +35,7 @@ saver = StepCheckpoint(
     **common
 )
 callbacks = [
-    Throughput(), LossSpikes(), Guard(), Provenance(), Resume(), AttentionStatistics(4),
+    Throughput(), LossSpikes(), Guard(), Provenance(), RewindMetrics(), AttentionStatistics(4),
     Samples(4), saver, LossPlot(), StepProgressBar(),
 ]
 fit(
@@ -55,7 +55,7 @@ from torch.distributed.fsdp import fully_shard
 from callbacks.guard import Guard
 from callbacks.loss_spikes import LossSpikes
 from breaking_run import BreakingModule, fit
-from nsa.broken_steps import skip_if_broken
+from nsa.training.broken_steps import skip_if_broken
 
 class Agreeing(BreakingModule):
     def on_train_end(self):

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tiny_run import OF_LIGHTNING, TinyModule, fit
 
 from callbacks.csv_logger import RunCSVLogger, read_rows
-from callbacks.resume import Resume
+from callbacks.rewind_metrics import RewindMetrics
 from callbacks.step_checkpoint import RunCheckpoint, StepCheckpoint
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -58,7 +58,7 @@ def run(folder: Path, every: int, **options: Any) -> TinyModule:
     torch.manual_seed(5)
     module = Mortal(options.pop("dies_at", None))
     try:
-        fit(folder, Resume(), *savers(folder, every), module=module, **options)
+        fit(folder, RewindMetrics(), *savers(folder, every), module=module, **options)
     except Killed:
         assert module.dies_at is not None
     return module

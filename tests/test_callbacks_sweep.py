@@ -16,8 +16,8 @@ import pytest
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from callbacks.sweep_plot import BEHIND, FRONT, apart, draw, labels, pareto_front, telling
-from callbacks.sweep_report import (
+from runs.sweep_plot import BEHIND, FRONT, apart, draw, labels, pareto_front, telling
+from runs.sweep_report import (
     SweepReport,
     collect,
     newest_sweep,
@@ -275,7 +275,7 @@ hydra:
   sweep: {dir: sweep, subdir: "${hydra:job.num}"}
   callbacks:
     sweep_report:
-      _target_: callbacks.sweep_report.SweepReport
+      _target_: runs.sweep_report.SweepReport
 """
 
 
@@ -291,7 +291,7 @@ def test_what_hydra_writes_stands_even_where_the_sweep_ends_early(tmp_path):
     done = launch(tmp_path, "-m", "n=2,8,4")
     assert done.returncode == 1 and "eight" in done.stderr and "Callback" not in done.stderr
     assert sorted(path.name for path in (tmp_path / "sweep").glob("sweep.*")) == ["sweep.csv"]
-    command = [sys.executable, "-m", "callbacks.sweep_report", str(tmp_path / "sweep")]
+    command = [sys.executable, "-m", "runs.sweep_report", str(tmp_path / "sweep")]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for line in ("| 0 | n=2 | **2.5000** |", "| 1 | n=8 | failed |", "| 2 | n=4 | **2.2500** |"):
         assert line in printed

@@ -16,11 +16,9 @@ from omegaconf import OmegaConf
 from parallel_runs import ROOT, results
 from torch.distributed.checkpoint import save
 
-import checkpoints
 import generate
-import resume
-import train
-from strategies import FSDP2Strategy
+from runs import checkpoints, resume, run
+from runs.strategies import FSDP2Strategy
 
 RESUMED = (
     *("ddp_to_fsdp", "fsdp_to_ddp", "fsdp_to_one", "one_to_fsdp"),
@@ -254,7 +252,7 @@ def test_trainers_write_whole_checkpoints(tmp_path: Path, trainer: str) -> None:
     overrides = [f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=1"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", [*overrides, "callbacks=none", "logger=csv", f"run_dir={tmp_path}"])
-    strategy = train.build_trainer(cfg).strategy
+    strategy = run.build_trainer(cfg).strategy
     assert isinstance(strategy.checkpoint_io, checkpoints.WholeCheckpointIO)
     assert isinstance(strategy, FSDP2Strategy) == (trainer == "fsdp")
 
@@ -266,10 +264,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_message(
         raise checkpoints.NotWritten("no space")
 
     trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(launcher=None))
-    monkeypatch.setattr(train, "build", lambda _: SimpleNamespace(trainer=trainer))
-    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(run, "build", lambda _: SimpleNamespace(trainer=trainer))
+    monkeypatch.setattr(run, "train", fail)
     with pytest.raises(SystemExit, match="1"):
-        train.run_alone(OmegaConf.create())
+        run.run_alone(OmegaConf.create())
     assert capsys.readouterr().err == "no space\n"
 
 

@@ -11,12 +11,12 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-import resume
 from nsa.attention import SparseAttention
 from nsa.compress_networks import BlockCompressor
 from nsa.config import NSAConfig
-from nsa.lightning_module import SCHEDULES, NSALightningModule, adamw
+from nsa.training.lightning_module import SCHEDULES, NSALightningModule, adamw
 from nsa.transformer import Transformer
+from runs import resume
 
 CONF = Path(__file__).parent.parent / "conf"
 SIZES = ("tiny", "small", "medium")
@@ -130,7 +130,7 @@ def test_everything_in_conf_is_read() -> None:
         known = {"name", *inspect.signature(SCHEDULES[schedule.name]).parameters}
         assert set(schedule) <= known, name
     module = inspect.signature(NSALightningModule).parameters
-    text = "".join((CONF.parent / name).read_text() for name in ("train.py", "sweep.py"))
+    text = "".join(path.read_text() for path in (CONF.parent / "runs").glob("*.py"))
     text += "".join(path.read_text() for path in CONF.rglob("*.yaml"))
     for key in set(cfg) - set(resume.WHERE):
         assert key in module or f"cfg.{key}" in text or f"${{{key}" in text, key

@@ -27,7 +27,7 @@ from tiny_run import OF_LIGHTNING
 from torch import Tensor, nn
 
 from benchmarks import train_step
-from nsa import cuda_graphs, parallel
+from nsa.training import cuda_graphs, parallel
 
 pytestmark = OF_LIGHTNING
 MODE = "reduce-overhead"

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import generate
 from data.tokenizer import SubwordTokenizer
-from nsa.lightning_module import NSALightningModule
+from nsa.training.lightning_module import NSALightningModule
 
 
 def save_checkpoint(path: Path, vocab_size: int, tokenizer: dict | None) -> NSALightningModule:

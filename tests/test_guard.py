@@ -14,11 +14,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from tiny_run import OF_LIGHTNING
 from torch import nn
 
-import checkpoints
 from callbacks.csv_logger import RunCSVLogger, read_rows
 from callbacks.guard import Guard
 from callbacks.step_checkpoint import StepCheckpoint
-from nsa.broken_steps import breaking_its_gradient, skip_if_broken
+from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
+from runs import checkpoints
 
 pytestmark = OF_LIGHTNING
 

@@ -3,48 +3,54 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 STACK = {"lightning", "hydra", "omegaconf", "wandb", "datasets", "transformers", "tokenizers"}
-ENTRIES = {"train", "generate", "checkpoints", "resume", "strategies"}
-APPLICATION = {*ENTRIES, "data", "callbacks", "tests", "benchmarks"}
-ABOVE = {  # each module of the tower may import the ones below it only
-    "config": {"blocks", "reference", "kernels", "flex", "local", "ops", "attention"},
-    "blocks": {"reference", "kernels", "flex", "local", "ops", "attention"},
-    "reference": {"kernels", "flex", "local", "ops", "attention", "compress_networks"},
-    "kernels": {"reference", "flex", "local", "ops", "attention", "compress_networks"},
-    "flex": {"reference", "kernels", "local", "ops", "attention", "compress_networks"},
-    "local": {"reference", "kernels", "flex", "ops", "attention", "compress_networks"},
-    "compress_networks": {"reference", "kernels", "flex", "local", "ops", "attention"},
-    "pooling": {"reference", "kernels", "flex", "local", "ops", "attention", "compress_networks"},
-    "ops": {"attention", "compress_networks"},
-    "attention": {"reference", "kernels", "flex", "local"},
-    "transformer": {"ops", "reference", "kernels", "flex", "local", "parallel"},
-}
-FORBIDDEN = {
-    **{
-        f"nsa/{part}": {f"nsa.{other}" for other in others}
-        | ({"nsa.transformer"} if part != "transformer" else set())
-        for part, others in ABOVE.items()
-    },
-    "nsa/reference": {"triton", *(f"nsa.{other}" for other in ABOVE["reference"])},
-    "nsa": {*APPLICATION, *(STACK - {"lightning"})},
-    "data": {"nsa", "callbacks", "tests", "wandb", *ENTRIES},
-    "callbacks": {"data", "tests", "wandb", *ENTRIES},
-}
+FLOORS = (  # from the roof down: a module imports lower floors and its own package
+    ("benchmarks",),
+    ("train", "generate"),
+    ("runs",),
+    ("callbacks", "data", "nsa.training"),
+    ("nsa",),
+    ("nsa.transformer",),
+    ("nsa.attention",),
+    ("nsa.compress_networks",),
+    ("nsa.ops",),
+    ("nsa.reference", "nsa.kernels", "nsa.flex", "nsa.local"),
+    ("nsa.pooling", "nsa.rotary"),
+    ("nsa.blocks",),
+    ("nsa.config", "runs.folder"),
+)
+STRANGERS = (  # on one floor or on two, and yet they never meet
+    ("data", "nsa"),
+    ("data", "callbacks"),
+    ("nsa.reference", "nsa.kernels"),
+    ("nsa.reference", "nsa.flex"),
+    ("nsa.reference", "triton"),
+    *(("nsa", package) for package in sorted(STACK - {"lightning"})),
+    ("data", "wandb"),
+)
 
 
-def files(part: str) -> list[Path]:
-    folder = ROOT / part
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+def modules() -> dict[str, Path]:
+    """Every module of the project but its tests, by dotted name."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    paths = [Path(line) for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+    kept = [path for path in paths if path.parts[0] not in ("tests", "docs")]
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in kept}
 
 
 def imports(path: Path) -> set[str]:
+    """What a file imports; of `from a import b` both a and a.b."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -52,17 +58,51 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("part", FORBIDDEN)
-def test_nothing_is_imported_from_above(part: str) -> None:
-    for path in files(part):
-        for name in imports(path):
-            banned = [b for b in FORBIDDEN[part] if name == b or name.startswith(f"{b}.")]
-            assert not banned, f"{path.relative_to(ROOT)} imports {name}"
+def within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
 
 
-def test_only_the_lightning_module_imports_lightning() -> None:
-    knowing = [path.stem for path in files("nsa") if any("lightning" in n for n in imports(path))]
-    assert set(knowing) <= {"lightning_module"}
+def row(name: str) -> tuple[int, str]:
+    """The floor a module is on, 0 at the top, and its row there: the longest that fits."""
+    rows = [(len(part), floor, part) for floor, parts in enumerate(FLOORS) for part in parts]
+    fitting = [(floor, part) for _, floor, part in sorted(rows) if within(name, part)]
+    assert fitting, f"{name} has no row in FLOORS"
+    assert fitting[-1][1] != "nsa" or name == "nsa", f"{name} has no row of its own in FLOORS"
+    return fitting[-1]
+
+
+MODULES = modules()
+GRAPH = {name: imports(path) & set(MODULES) - {name} for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_is_imported_from_above(name: str) -> None:
+    floor, part = row(name)
+    for other in GRAPH[name]:
+        if other != "nsa":  # the package that `from nsa import ops` names too
+            below, other_part = row(other)
+            assert below > floor or other_part == part, f"{name} imports {other}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    packages = {"nsa", "nsa.kernels", "nsa.training", "runs", "data", "callbacks", "benchmarks"}
+    inner = {name: others - packages for name, others in GRAPH.items() if name not in packages}
+    TopologicalSorter(inner).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize(("one", "other"), STRANGERS)
+def test_strangers_never_meet(one: str, other: str) -> None:
+    for name, path in MODULES.items():
+        for mine, theirs in ((one, other), (other, one)):
+            if within(name, mine):
+                met = [found for found in imports(path) if within(found, theirs)]
+                assert not met, f"{name} imports {met[0]}"
+
+
+def test_only_training_knows_lightning() -> None:
+    library = [name for name in MODULES if within(name, "nsa")]
+    knowing = [n for n in library if any(within(i, "lightning") for i in imports(MODULES[n]))]
+    assert knowing == ["nsa.training.lightning_module"]
 
 
 def test_importing_nsa_brings_in_no_training_stack() -> None:

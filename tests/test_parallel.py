@@ -19,10 +19,10 @@ from test_train import ATTENTION, MODEL, TINY, Counting, make_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import strategies
-from nsa import parallel
-from nsa.lightning_module import total_nats
+from nsa.training import parallel
+from nsa.training.lightning_module import total_nats
 from nsa.transformer import Transformer
+from runs import strategies
 
 MODES = ("none", "full", "selective")
 RUNS = (
@@ -143,7 +143,7 @@ import torch
 from test_train import MODEL
 from torch import nn
 
-from nsa import parallel
+from nsa.training import parallel
 from nsa.transformer import Transformer
 
 programs = []

@@ -14,9 +14,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import checkpoints
 import generate
-import resume
+from runs import checkpoints, resume
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "train.py")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from callbacks.run_lock import RunLock
+from runs.lock import RunLock
 
 TAKE = """
 import sys
 from omegaconf import OmegaConf
-from callbacks.run_lock import RunLock
+from runs.lock import RunLock
 RunLock().on_run_start(OmegaConf.create({"hydra": {"run": {"dir": sys.argv[1]}}}))
 """
 

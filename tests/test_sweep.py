@@ -20,12 +20,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-import gpus
-import sweep
 import train
-from callbacks.sweep_plot import pareto_front
-from callbacks.sweep_report import read_csv
 from nsa.config import NSAConfig
+from runs import gpus, sweep
+from runs.results import OBJECTIVES
+from runs.sweep_plot import pareto_front
+from runs.sweep_report import read_csv
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
@@ -57,7 +57,7 @@ def no_job_stays_behind() -> Any:
 # What the sweeper is told
 
 
-@pytest.mark.parametrize("name", sweep.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_objective_is_what_result_json_holds_of_that_name(name: str) -> None:
     composed()
     assert sweep.score(RESULT, name) == sweep.score(RESULT, [name]) == RESULT[name]
@@ -180,8 +180,10 @@ def test_a_failed_job_leaves_its_reason_and_counts_as_the_worst(
     finished: list[str] = []
     monkeypatch.setattr(wandb, "finish", lambda: finished.append("run"))
     cfg = composed("trainer=cpu", f"run_dir={tmp_path}", "hydra.job.num=7")
+    monkeypatch.setattr(sweep, "build", build)
+    monkeypatch.setattr(sweep, "train", fit)
     with caplog.at_level(logging.ERROR):
-        assert sweep.run_job(cfg, build, fit) == math.inf
+        assert sweep.run_job(cfg) == math.inf
     (record,) = caplog.records
     assert record.getMessage() == f"job 7 failed: {reason}"
     assert bool(record.exc_info) != is_expected  # a traceback for what nobody foresaw
@@ -192,16 +194,18 @@ def test_a_failed_job_leaves_its_reason_and_counts_as_the_worst(
 
 def test_under_torchrun_a_failed_job_ends_the_process(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sweep, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(sweep, "build", refuse)
     with pytest.raises(SystemExit):
-        sweep.run_job(composed(f"run_dir={tmp_path}", "hydra.job.num=0"), refuse, None)
+        sweep.run_job(composed(f"run_dir={tmp_path}", "hydra.job.num=0"))
 
 
-def test_a_sweep_is_not_kept_from_being_interrupted(tmp_path: Path) -> None:
+def test_a_sweep_is_not_kept_from_being_interrupted(tmp_path: Path, monkeypatch) -> None:
     def interrupt(cfg: DictConfig) -> Any:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(sweep, "build", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        sweep.run_job(composed("trainer=cpu", f"run_dir={tmp_path}"), interrupt, None)
+        sweep.run_job(composed("trainer=cpu", f"run_dir={tmp_path}"))
 
 
 # Whole sweeps, without training
@@ -240,8 +244,8 @@ def launch(tmp_path: Path, monkeypatch) -> Any:
         train.main()
         return folder
 
-    monkeypatch.setattr(train, "build", stub)
-    monkeypatch.setattr(train, "train", stub_train)
+    monkeypatch.setattr(sweep, "build", stub)
+    monkeypatch.setattr(sweep, "train", stub_train)
     return run
 
 
@@ -302,7 +306,7 @@ def test_many_processes_are_refused_in_a_job_that_asks_for_them_itself(
     asked = ("trainer=cpu", "trainer.devices=2", "logger=csv", f"run_dir={tmp_path}")
     job = ("hydra.mode=MULTIRUN", "hydra.job.num=0", f"hydra.runtime.output_dir={tmp_path}")
     cfg = composed(*asked, *job)
-    assert sweep.run_job(cfg, train.build, train.train) == math.inf
+    assert sweep.run_job(cfg) == math.inf
     assert "trainer.devices=2: a job of a sweep is one process" in caplog.text
 
 

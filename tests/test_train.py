@@ -19,8 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-import train
-from nsa.lightning_module import (
+from nsa.training.lightning_module import (
     NSALightningModule,
     adamw,
     build_schedule,
@@ -32,7 +31,8 @@ from nsa.lightning_module import (
     wsd,
 )
 from nsa.transformer import Transformer
-from sweep import OBJECTIVES
+from runs import run
+from runs.results import OBJECTIVES
 
 pytestmark = [  # of Lightning 2.6.6 itself, under PyTorch 2.13
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
@@ -472,10 +472,10 @@ def test_settings_nothing_else_would_notice_are_refused(change: dict, message: s
     batch = {"sequences_per_step": 1, "micro_batch_size": 1}
     good = {"batch": batch, "val_every_n_steps": 1, "model": {"vocab_size": 256}}
     good |= {"data": {"vocab_size": 256}, "compile": False, "objective": "val_bpb"}
-    train.check_settings(good)
+    run.check_settings(good)
     bad = good | {k: good[k] | v if isinstance(v, dict) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):
-        train.check_settings(bad)
+        run.check_settings(bad)
 
 
 @pytest.mark.parametrize(
@@ -486,22 +486,22 @@ def test_a_step_is_shared_by_all_processes(
     world_size: int, step: int, at_most: int, expected: tuple[int, int]
 ) -> None:
     sizes = {"sequences_per_step": step, "micro_batch_size": at_most}
-    assert train.divide_step(world_size, **sizes) == expected
+    assert run.divide_step(world_size, **sizes) == expected
 
 
 def test_a_step_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(ValueError, match="sequences_per_step=6 must be a multiple of the 4 proc"):
-        train.divide_step(4, sequences_per_step=6, micro_batch_size=2)
+        run.divide_step(4, sequences_per_step=6, micro_batch_size=2)
 
 
 def test_automatic_precision_is_bf16_where_the_gpu_has_it(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert train.resolve_precision("auto", "auto") == "bf16-mixed"
-    assert train.resolve_precision("auto", "cpu") == "32-true"
-    assert train.resolve_precision("16-mixed", "auto") == "16-mixed"
+    assert run.resolve_precision("auto", "auto") == "bf16-mixed"
+    assert run.resolve_precision("auto", "cpu") == "32-true"
+    assert run.resolve_precision("16-mixed", "auto") == "16-mixed"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert train.resolve_precision("auto", "auto") == "32-true"
+    assert run.resolve_precision("auto", "auto") == "32-true"
 
 
 COMPILED = """

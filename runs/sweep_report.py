@@ -1,7 +1,7 @@
 """What came out of a sweep: sweep.csv, and sweep.md and sweep.png made of it.
 
-    python -m callbacks.sweep_report                          of the newest sweep that has a CSV
-    python -m callbacks.sweep_report outputs/sweeps/<time>    of this one
+    python -m runs.sweep_report                          of the newest sweep that has a CSV
+    python -m runs.sweep_report outputs/sweeps/<time>    of this one
 
 Hydra calls `SweepReport` after every job, so that the CSV also stands when the sweep is killed.
 """
@@ -21,22 +21,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from callbacks.run_folder import replacing, write_text
-from callbacks.sweep_plot import Job, draw, finished, pareto_front, telling
+from runs.folder import replacing, write_text
+from runs.results import COLUMNS, TEXT
+from runs.sweep_plot import Job, draw, finished, pareto_front, telling
 
-COLUMNS = (
-    "job",
-    "overrides",
-    "val_bpb",
-    "test_bpb",
-    "visible_tokens",
-    "num_params",
-    "tokens_per_second",
-    "steps",
-    "seconds",
-    "error",
-)
-TEXT = ("job", "overrides", "error")  # the other columns are numbers
 SWEEPS = Path("outputs", "sweeps")
 
 
@@ -184,7 +172,7 @@ def newest_sweep(sweeps: Path = SWEEPS) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) > 2:
-        sys.exit("usage: python -m callbacks.sweep_report [FOLDER]")
+        sys.exit("usage: python -m runs.sweep_report [FOLDER]")
     try:
         folder = Path(sys.argv[1]) if len(sys.argv) == 2 else newest_sweep()
         print(f"{write_table_and_plot(folder)}\n{folder}")

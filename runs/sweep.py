@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,19 +18,17 @@ from typing import Any, TextIO
 import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig
 from torch.distributed import is_torchelastic_launched
 
-import gpus
-from callbacks.run_folder import write_text
-from callbacks.sweep_report import COLUMNS, TEXT
+from runs import gpus
+from runs.folder import write_text
+from runs.results import check_objective, names
+from runs.run import REFUSALS, build, root, train
 
 log = logging.getLogger(__name__)
 
-OBJECTIVES = tuple(column for column in COLUMNS if column not in TEXT)
-REFUSALS = (ValueError, OSError, InstantiationException)  # of a config, before training
 ENDINGS = (FloatingPointError, torch.OutOfMemoryError)  # of a training: the message says it all
 ONE_PROCESS = (
     "a job of a sweep is one process on one device: add trainer.devices=1 (hydra/launcher=joblib "
@@ -59,17 +57,15 @@ def check(config: DictConfig) -> None:
         ValueError: naming the value, the rule and the way out.
     """
     check_objective(config.objective)
-    if wants_processes(config.trainer) and not is_torchelastic_launched():
-        raise ValueError(f"trainer.devices={config.trainer.devices}: {ONE_PROCESS}")
+    check_devices(config.trainer)
     if "direction" in config.hydra.sweeper:
         check_search(config.hydra.sweeper, names(config.objective))
 
 
-def check_objective(objective: Any) -> None:
-    """Refuse a name that result.json will not hold."""
-    wanted = names(objective)
-    if not wanted or not set(wanted) <= set(OBJECTIVES):
-        raise ValueError(f"objective={objective} must be one or a list of {', '.join(OBJECTIVES)}")
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse a job of more than one process."""
+    if wants_processes(trainer) and not is_torchelastic_launched():
+        raise ValueError(f"trainer.devices={trainer.devices}: {ONE_PROCESS}")
 
 
 def check_search(sweeper: DictConfig, objectives: list[str]) -> None:
@@ -104,26 +100,19 @@ def wants_processes(trainer: DictConfig) -> bool:
 # A job
 
 
-def run_job(
-    cfg: DictConfig,
-    build: Callable[[DictConfig], Any],
-    train: Callable[[Any, DictConfig], Mapping[str, Any]],
-) -> float | list[float]:
+def run_job(cfg: DictConfig) -> float | list[float]:
     """Build and train on a GPU of this job's own; what the sweeper is told."""
     with beside_others(), one_gpu(cfg.trainer):
-        result = attempt(cfg, build, train)
+        result = attempt(cfg)
         torch.compiler.reset()  # programs of one process are limited, and hold their graphs' memory
     return score(result, cfg.objective)
 
 
-def attempt(
-    cfg: DictConfig,
-    build: Callable[[DictConfig], Any],
-    train: Callable[[Any, DictConfig], Mapping[str, Any]],
-) -> Mapping[str, Any]:
+def attempt(cfg: DictConfig) -> Mapping[str, Any]:
     """The result of a job. One that fails leaves its reason in the log and in result.json."""
     expected = REFUSALS
     try:
+        check_devices(cfg.trainer)
         run = build(cfg)
         expected = ENDINGS
         return train(run, cfg)
@@ -146,12 +135,6 @@ def first_line(error: object) -> str:
     if isinstance(error, Exception):
         error = root(error)
     return (str(error).strip().splitlines() or ["no reason given"])[0]
-
-
-def root(error: Exception) -> BaseException:
-    """What a part refused itself with, in place of Hydra's word that it could not be made."""
-    cause = error.__cause__
-    return cause if isinstance(cause, ValueError | OSError) else error
 
 
 @contextmanager
@@ -223,13 +206,6 @@ def score(result: Mapping[str, Any], objective: Any) -> float | list[float]:
         directions = directions_of(HydraConfig.get().sweeper, len(wanted))
         values = [-math.inf if direction == "maximize" else math.inf for direction in directions]
     return values[0] if len(values) == 1 else values
-
-
-def names(objective: Any) -> list[str]:
-    """One name or many."""
-    if objective is None:
-        return []
-    return [objective] if isinstance(objective, str) else list(objective)
 
 
 def directions_of(sweeper: Any, count: int) -> list[str]:

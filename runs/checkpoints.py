@@ -19,7 +19,7 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from callbacks.run_folder import replacing, write_text
+from runs.folder import replacing, write_text
 
 FOLDER = "checkpoints"  # inside a run folder
 PARTS = ("state_dict", "hyper_parameters", "optimizer_states", "loops", "global_step")

@@ -21,8 +21,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from nsa import cuda_graphs, parallel
-from nsa.broken_steps import breaking_its_gradient, skip_if_broken
+from nsa.training import cuda_graphs, parallel
+from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
 from nsa.transformer import Transformer
 
 NOT_SCORED = -1  # the label that fills up the last window of a split

@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-import checkpoints
+from runs import checkpoints
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Every rank trains on its own data and holds one part of the model (`nsa.parallel.shard`).
+    """Every rank trains on its own data and holds one part of the model (`parallel.shard`).
 
     Lightning's strategy with data parallelism alone, and checkpoints that are whole before they
     can be seen. What fails on one rank fails on all, so that none waits for another in vain.

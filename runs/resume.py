@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from callbacks.run_folder import write_text
-from checkpoints import FOLDER, find_fault, newest_first
+from runs.checkpoints import FOLDER, find_fault, newest_first
+from runs.folder import write_text
 
 SWEEPS = "sweeps"  # the outputs of sweeps lie in here, two levels deep
 HOW = ("trainer", "callbacks", "logger")  # groups that may change where a run goes on

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from nsa import cuda_graphs
 from nsa.ops import BACKENDS
+from nsa.training import cuda_graphs
 from nsa.transformer import Transformer
 
 aten = torch.ops.aten

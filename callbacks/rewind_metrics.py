@@ -5,7 +5,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.csv_logger import RunCSVLogger
 
 
-class Resume(Callback):
+class RewindMetrics(Callback):
     """Drops the rows of metrics.csv after the checkpoint's step: those steps are trained again."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,1 @@
+"""What only training needs: the part of `nsa` that knows Lightning."""
