@@ -15,9 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from callbacks.preemption import EXIT_CODE, Preempted, leave_on_signals
-from runs import resume, sweep
-from runs.run import run_alone
+from runs import resume
 
 NOT_FOR_USERS = (
     r".*isinstance.treespec, LeafSpec.* is deprecated",  # in Lightning, under PyTorch 2.13
@@ -34,11 +32,16 @@ def sweeping() -> bool:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | list[float] | None:
+    # Here, since they bring torch in: help and a mistyped key are answered without it.
+    from callbacks.preemption import EXIT_CODE, Preempted, leave_on_signals
+    from runs.run import run_alone
+    from runs.sweep import run_job
+
     for warning in NOT_FOR_USERS:  # here: every process that runs jobs of a sweep has its own
         warnings.filterwarnings("ignore", message=warning)
     leave_on_signals()
     try:
-        return sweep.run_job(cfg) if sweeping() else run_alone(cfg)
+        return run_job(cfg) if sweeping() else run_alone(cfg)
     except Preempted:
         sys.exit(EXIT_CODE)
 

@@ -19,9 +19,8 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from runs.folder import replacing, write_text
+from runs.folder import newest_first, replacing, write_text
 
-FOLDER = "checkpoints"  # inside a run folder
 PARTS = ("state_dict", "hyper_parameters", "optimizer_states", "loops", "global_step")
 SHARDED = ("state_dict", "optimizer_states")  # of them, what lies in a folder's shards
 REST = "meta.pt"  # of a folder: all but SHARDED, under the name that Lightning looks for
@@ -41,13 +40,6 @@ MANIFEST = "manifest.json"  # of a folder: size and sha256 of every other file
 
 class NotWritten(OSError):
     """A checkpoint could not be written; says why, and which older one is whole."""
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, without drafts and without links, such as last.ckpt."""
-    named = [path for path in folder.glob("*.ckpt") if path.name[0] != "."]
-    own = [path for path in named if not path.is_symlink()]
-    return sorted(own, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 # Reading

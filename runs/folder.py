@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CHECKPOINTS = "checkpoints"  # inside a run folder
+
 
 def run_folder(trainer: Any) -> Path:
     """The folder of this run: the trainer's `default_root_dir`."""
@@ -15,6 +17,13 @@ def run_folder(trainer: Any) -> Path:
 def leaves_files(trainer: Any) -> bool:
     """Whether this process writes the run's files: rank zero does, but not in a `fast_dev_run`."""
     return trainer.is_global_zero and not trainer.fast_dev_run
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, without drafts and without links, such as last.ckpt."""
+    named = [path for path in folder.glob("*.ckpt") if path.name[0] != "."]
+    own = [path for path in named if not path.is_symlink()]
+    return sorted(own, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 @contextmanager

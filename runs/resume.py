@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from runs.checkpoints import FOLDER, find_fault, newest_first
-from runs.folder import write_text
+from runs.folder import CHECKPOINTS, newest_first, write_text
 
 SWEEPS = "sweeps"  # the outputs of sweeps lie in here, two levels deep
 HOW = ("trainer", "callbacks", "logger")  # groups that may change where a run goes on
@@ -97,12 +96,12 @@ def find_checkpoint(wanted: Wanted, outputs: Path, typed: Mapping[str, str]) -> 
         return newest_whole(find_last(outputs, typed))
     if named is not None:
         path = Path(named).absolute()
-        if (path / FOLDER).is_dir():
+        if (path / CHECKPOINTS).is_dir():
             return newest_whole(path)
         if not path.exists():
             raise FileNotFoundError(f"{named}: there is no such checkpoint or run folder")
         return path
-    if wanted.run_dir is None or not newest_first(wanted.run_dir / FOLDER):
+    if wanted.run_dir is None or not newest_first(wanted.run_dir / CHECKPOINTS):
         return None
     if wanted.resume == "never":
         raise ValueError(
@@ -118,8 +117,10 @@ def newest_whole(run: Path) -> Path:
     Raises:
         ValueError: if none is; says what is wrong with each.
     """
+    from runs.checkpoints import find_fault  # torch: only where a run really goes on
+
     faults = []
-    for checkpoint in newest_first(run / FOLDER):
+    for checkpoint in newest_first(run / CHECKPOINTS):
         fault = find_fault(checkpoint)
         if fault is None:
             for passed_over in faults:
@@ -188,7 +189,7 @@ def remember(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
 def run_folder(checkpoint: Path) -> Path | None:
     """The folder of the run that wrote `checkpoint`; None where it was moved out of it."""
     run = checkpoint.parent.parent
-    inside = checkpoint.parent.name == FOLDER and (run / ".hydra" / "overrides.yaml").is_file()
+    inside = checkpoint.parent.name == CHECKPOINTS and (run / ".hydra" / "overrides.yaml").is_file()
     return run if inside else None
 
 
@@ -197,7 +198,7 @@ def find_last(outputs: Path, typed: Mapping[str, str]) -> Path:
 
     Only the groups (model=, data=, …) and the name count.
     """
-    folders = [path for path in outputs.rglob(FOLDER) if newest_first(path)]
+    folders = [path for path in outputs.rglob(CHECKPOINTS) if newest_first(path)]
     own = [path.parent for path in folders if run_folder(path / "last.ckpt") is not None]
     single = [run for run in own if run.relative_to(outputs).parts[0] != SWEEPS]
     fitting = [run for run in single if agrees(run, typed)]
@@ -207,7 +208,7 @@ def find_last(outputs: Path, typed: Mapping[str, str]) -> Path:
             f"no run under {outputs.absolute()} holds a checkpoint and agrees with "
             f"what was typed (runs with checkpoints: {have}); give the path of a checkpoint instead"
         )
-    newest = {run: newest_first(run / FOLDER)[0].stat().st_mtime_ns for run in fitting}
+    newest = {run: newest_first(run / CHECKPOINTS)[0].stat().st_mtime_ns for run in fitting}
     return max(newest, key=newest.__getitem__).absolute()
 
 

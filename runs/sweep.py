@@ -18,83 +18,22 @@ from typing import Any, TextIO
 import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig
-from torch.distributed import is_torchelastic_launched
 
 from runs import gpus
 from runs.folder import write_text
-from runs.results import check_objective, names
+from runs.results import names
 from runs.run import REFUSALS, build, root, train
+from runs.sweep_check import (
+    check_devices,
+    directions_of,
+    is_torchelastic_launched,
+    wants_processes,
+)
 
 log = logging.getLogger(__name__)
 
 ENDINGS = (FloatingPointError, torch.OutOfMemoryError)  # of a training: the message says it all
-ONE_PROCESS = (
-    "a job of a sweep is one process on one device: add trainer.devices=1 (hydra/launcher=joblib "
-    "hydra.launcher.n_jobs=4 runs four jobs at once, each on a GPU of its own), or start the sweep "
-    "with torchrun and hydra.sweep.dir=FOLDER, which runs every job on all devices"
-)
-
-
-# Before the first job
-
-
-class SweepCheck(Callback):
-    """Refuses a sweep in which every job would fail, before there is one."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        try:
-            check(config)
-        except ValueError as error:
-            sys.exit(str(error))  # Hydra makes a warning of any other exception
-
-
-def check(config: DictConfig) -> None:
-    """Refuse what no job of this sweep could run with; `config` holds `hydra` too.
-
-    Raises:
-        ValueError: naming the value, the rule and the way out.
-    """
-    check_objective(config.objective)
-    check_devices(config.trainer)
-    if "direction" in config.hydra.sweeper:
-        check_search(config.hydra.sweeper, names(config.objective))
-
-
-def check_devices(trainer: DictConfig) -> None:
-    """Refuse a job of more than one process."""
-    if wants_processes(trainer) and not is_torchelastic_launched():
-        raise ValueError(f"trainer.devices={trainer.devices}: {ONE_PROCESS}")
-
-
-def check_search(sweeper: DictConfig, objectives: list[str]) -> None:
-    """Refuse a search by Optuna that would die of its first job, or of its first failed one."""
-    if is_torchelastic_launched():
-        raise ValueError("under torchrun every rank would search by itself: sweep over a grid")
-    directions = directions_of(sweeper, len(objectives))
-    if len(directions) != len(objectives):
-        raise ValueError(
-            f"hydra.sweeper.direction={directions} must have one direction for each name of "
-            f"objective={objectives}"
-        )
-    if len(objectives) > 1 and "TPE" in sweeper.sampler._target_:
-        raise ValueError(
-            "the TPE sampler cannot go on after a failed job where there are several objectives: "
-            "use hydra/sweeper/sampler=nsgaii, or one objective"
-        )
-    if sweeper.n_jobs < 1:
-        raise ValueError(
-            f"hydra.sweeper.n_jobs={sweeper.n_jobs} must be at least 1; it is how many jobs run "
-            "at once, hydra.launcher.n_jobs with the joblib launcher"
-        )
-
-
-def wants_processes(trainer: DictConfig) -> bool:
-    """Whether the trainer asks for more than one process; `auto` is one device in a sweep."""
-    devices = trainer.devices
-    one = len(devices) == 1 if isinstance(devices, ListConfig) else devices in ("auto", 1, "1")
-    return trainer.num_nodes != 1 or not one
 
 
 # A job
@@ -206,11 +145,3 @@ def score(result: Mapping[str, Any], objective: Any) -> float | list[float]:
         directions = directions_of(HydraConfig.get().sweeper, len(wanted))
         values = [-math.inf if direction == "maximize" else math.inf for direction in directions]
     return values[0] if len(values) == 1 else values
-
-
-def directions_of(sweeper: Any, count: int) -> list[str]:
-    """minimize or maximize, for each objective; a sweeper that knows neither minimises."""
-    if "direction" not in sweeper:
-        return ["minimize"] * count
-    found = sweeper.direction if isinstance(sweeper.direction, ListConfig) else [sweeper.direction]
-    return [str(direction).rpartition(".")[2] for direction in found]

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import save
 
 import generate
 from runs import checkpoints, resume, run
+from runs.folder import newest_first
 from runs.strategies import FSDP2Strategy
 
 RESUMED = (
@@ -179,7 +180,7 @@ def test_drafts_are_no_checkpoints_and_go_with_the_next_save(tmp_path: Path) -> 
     (tmp_path / ".12.step_9.ckpt").write_text("half of a file")
     (tmp_path / ".step_8.ckpt.part").mkdir()
     (tmp_path / ".step_8.ckpt.part" / "meta.pt").write_text("half of a folder")
-    assert checkpoints.newest_first(tmp_path) == []
+    assert newest_first(tmp_path) == []
     checkpoints.WholeCheckpointIO().save_checkpoint(content(), tmp_path / "step_1.ckpt")
     assert names(tmp_path) == ["step_1.ckpt"]
 

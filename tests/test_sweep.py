@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import train
 from nsa.config import NSAConfig
-from runs import gpus, sweep
+from runs import gpus, sweep, sweep_check
 from runs.results import OBJECTIVES
 from runs.sweep_plot import pareto_front
 from runs.sweep_report import read_csv
@@ -97,7 +97,7 @@ def test_the_worst_is_on_the_bad_side_of_each_direction() -> None:
 )
 def test_what_no_job_could_run_with_is_refused_at_once(overrides: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
-        sweep.SweepCheck().on_multirun_start(composed(*overrides))
+        sweep_check.SweepCheck().on_multirun_start(composed(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ def test_what_no_job_could_run_with_is_refused_at_once(overrides: list[str], mes
     ],
 )
 def test_what_can_run_is_not_refused(overrides: list[str]) -> None:
-    sweep.SweepCheck().on_multirun_start(composed(*overrides))
+    sweep_check.SweepCheck().on_multirun_start(composed(*overrides))
 
 
 def test_torchrun_may_give_a_job_many_processes_but_not_a_search(monkeypatch) -> None:
-    monkeypatch.setattr(sweep, "is_torchelastic_launched", lambda: True)
-    sweep.check(composed("trainer.devices=2"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    sweep_check.check(composed("trainer.devices=2"))
     with pytest.raises(ValueError, match="every rank would search by itself"):
-        sweep.check(composed("hparams_search=sparsity"))
+        sweep_check.check(composed("hparams_search=sparsity"))
 
 
 def test_one_number_of_jobs_at_once_serves_optuna_and_joblib() -> None:
@@ -193,7 +193,7 @@ def test_a_failed_job_leaves_its_reason_and_counts_as_the_worst(
 
 
 def test_under_torchrun_a_failed_job_ends_the_process(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sweep, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setattr(sweep, "build", refuse)
     with pytest.raises(SystemExit):
         sweep.run_job(composed(f"run_dir={tmp_path}", "hydra.job.num=0"))
