@@ -21,6 +21,7 @@ from data.sampler import EvalBatches, EvalWindows, TrainBatches, TrainWindows
 from data.shards import (
     ShardWriter,
     TokenSplit,
+    identity,
     open_shards,
     prepare_shards,
     shard_folder,
@@ -78,6 +79,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
         self.seed = seed
         self._prepared = False
         self.splits: dict[str, TokenSplit] = {}
+        self.identity: dict[str, Any] = {}  # of the training tokens, for `sample_order`
         self.tokenizer: AnyTokenizer = ByteTokenizer()
 
     @abstractmethod
@@ -118,7 +120,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
                     f"model.seq_len={self.seq_len} needs {self.seq_len + 1}: lower model.seq_len, "
                     f"or give the split more text: {self.more_text}"
                 )
-        self.splits = splits
+        self.splits, self.identity = splits, identity(index)
         self.tokenizer = saved_tokenizer(folder, index["tokenizer"])
         counts = ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)
         log.info("%s: %s tokens in %s", self.name, counts, folder)
@@ -202,9 +204,9 @@ class TokenDataModule(L.LightningDataModule, ABC):
             "sample_order": self.sample_order(accumulated),
         }
 
-    def sample_order(self, micro_batches_per_step: int) -> dict[str, int]:
-        """What decides which samples a step sees, over all ranks."""
-        return {
+    def sample_order(self, micro_batches_per_step: int) -> dict[str, Any]:
+        """What decides which samples a step sees, over all ranks: corpus, seed and sizes."""
+        return self.identity | {
             "seed": self.seed,
             "seq_len": self.seq_len,
             "sequences_per_step": self.micro_batch_size * micro_batches_per_step,

@@ -225,6 +225,21 @@ def open_shards(folder: Path) -> tuple[dict[str, Any], dict[str, TokenSplit]]:
     return index, splits
 
 
+def identity(index: dict[str, Any]) -> dict[str, Any]:
+    """What tells the training tokens of one corpus from those of another, whatever it is called.
+
+    A digest of the tokens themselves: a corpus that was moved, or read again, stays the same.
+    """
+    train, tokenizer = index["splits"]["train"], index.get("tokenizer")
+    digest = hashlib.sha256("".join(shard["sha256"] for shard in train["shards"]).encode())
+    size, sha256 = index["vocab_size"], tokenizer and tokenizer["sha256"][:12]
+    return {
+        "corpus": f"{index['source']['corpus']}, sha256 {digest.hexdigest()[:12]}",
+        "train_tokens": train["tokens"],
+        "tokenizer": f"{size} tokens, sha256 {sha256}" if tokenizer else "bytes",
+    }
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a folder, refused where it is none of ours."""
     path = folder / INDEX
