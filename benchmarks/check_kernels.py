@@ -25,7 +25,7 @@ import nsa.kernels as kernels
 from benchmarks.judge import by_descriptor, judge, judge_selection, loop_order
 from nsa import blocks, pooling, reference, rotary
 from nsa.config import NSAConfig
-from nsa.kernels import lists
+from nsa.kernels.block_order import lists
 from nsa.rotary import rotary_angles
 
 PAPER = dict(

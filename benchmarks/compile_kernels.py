@@ -29,7 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import nsa.kernels as kernels
 from benchmarks.judge import by_descriptor
 from nsa.config import NSAConfig
-from nsa.kernels import attend, autotune, descriptors, selected, tile_sizes
+from nsa.kernels import autotune, descriptors, selected, tile_sizes
+from nsa.kernels.tile_order import op as tile_order
 from nsa.kernels.tile_sizes import Problem, Tile, candidates
 
 POINTERS = {
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         autotune.choose = every_candidate
     compile_instead(args.arch, args.kernel, set(), report)
     dtype = getattr(torch, args.dtype)
-    attend.num_multiprocessors = lambda device: 132  # so that dK and dV have parts to sum
+    tile_order.num_multiprocessors = lambda device: 132  # so that dK and dV have parts to sum
     for long in (True, False):
         with by_descriptor(long):
             # Two sequences: compressed keys, no whole tiles, are described in four dimensions.

@@ -29,9 +29,10 @@ from triton.runtime.jit import JITFunction
 from benchmarks.layer import HEADS, KV_HEADS, SIZES
 from nsa.attention import SparseAttention
 from nsa.compress_networks import build_compress_network
-from nsa.kernels import attend, descriptors
+from nsa.kernels import descriptors
+from nsa.kernels.tile_order import op as tile_order
 
-KERNEL = type(attend.attend_fwd_kernel)  # compiled for a GPU, or interpreted
+KERNEL = type(tile_order.attend_fwd_kernel)  # compiled for a GPU, or interpreted
 LAUNCH = "launch "  # before a kernel's name in a profile
 # Dispatched, but nothing to launch: views, allocations, and ops that only call others.
 LAUNCHES_NOTHING = re.compile(
@@ -100,7 +101,7 @@ def no_gpu() -> Iterator[None]:
     """Launchers take CPU tensors, and every step of a launch is taken but the last."""
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, TRITON_INTERPRET="1"))  # `ops` lets a CPU pass
-        stack.enter_context(patch.object(attend, "num_multiprocessors", lambda device: 132))
+        stack.enter_context(patch.object(tile_order, "num_multiprocessors", lambda device: 132))
         stack.enter_context(patch.object(descriptors, "capability", lambda device: 90))
         if KERNEL is JITFunction:
             driver.set_active(H100())

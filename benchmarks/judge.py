@@ -173,14 +173,14 @@ def loop_order(tiles: bool) -> Iterator[None]:
 @contextmanager
 def by_descriptor(always: bool) -> Iterator[None]:
     """Triton's tiles by descriptor wherever shapes and GPU allow it, or nowhere; not by length."""
-    from nsa.kernels import attend
+    from nsa.kernels.tile_order import op
 
-    chosen_by_length = attend.DESCRIBED_ROWS
-    attend.DESCRIBED_ROWS = 0 if always else 2**63
+    chosen_by_length = op.DESCRIBED_ROWS
+    op.DESCRIBED_ROWS = 0 if always else 2**63
     try:
         yield
     finally:
-        attend.DESCRIBED_ROWS = chosen_by_length
+        op.DESCRIBED_ROWS = chosen_by_length
 
 
 def any_order(order: bool | None) -> AbstractContextManager:

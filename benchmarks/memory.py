@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.host_overhead import no_gpu
 from benchmarks.judge import loop_order
 from benchmarks.workloads import LAYOUTS, Layout, Workload, nsa
-from nsa.kernels import lists
+from nsa.kernels.block_order import lists
 
 SCALE = 16
 

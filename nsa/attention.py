@@ -27,7 +27,7 @@ class Branches(NamedTuple):
     selected: Float[Tensor, "B T H D"]
     sliding: Float[Tensor, "B T H D"]
     gates: Float[Tensor, "B T H 3"]  # 0 to 1, of compressed, selected, sliding
-    block_indices: Int[Tensor, "B T X N"]  # int32, -1 in empty slots; X is G, or H if not shared
+    block_indices: Int[Tensor, "B T J N"]  # int32, -1 in empty slots; J is G, or H if not shared
 
 
 class Projected(NamedTuple):
@@ -231,8 +231,8 @@ class SparseAttention(nn.Module):
         q: Float[Tensor, "B T H D"],
         k_cmp: Float[Tensor, "B C G D"],
         lse: Float[Tensor, "B T H"],
-        block_indices: Int[Tensor, "B T X N"],
-    ) -> Float[Tensor, "B T X N"] | None:
+        block_indices: Int[Tensor, "B T J N"],
+    ) -> Float[Tensor, "B T J N"] | None:
         """Ones whose gradient is that of the selected blocks' importances, for `use_diff_topk`."""
         if not self.use_diff_topk:
             return None

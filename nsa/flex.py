@@ -106,9 +106,9 @@ def selected_attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B T G D"],
     v: Float[Tensor, "B T G Dv"],
-    block_indices: Int[Tensor, "B T X N"],
+    block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
-    block_gates: Float[Tensor, "B T X N"] | None = None,
+    block_gates: Float[Tensor, "B T J N"] | None = None,
 ) -> Float[Tensor, "B T H Dv"]:
     """`reference.selected_attention`, without gates."""
     if block_gates is not None:

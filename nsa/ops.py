@@ -154,7 +154,7 @@ def select_blocks(
     shared: bool = True,
     *,
     backend: str = "reference",
-) -> Int[Tensor, "B T X N"]:
+) -> Int[Tensor, "B T J N"]:
     """See `reference.select_blocks`."""
     _check_scores(q, k_cmp, lse, cfg)
     return _chosen(backend, q).select_blocks(q, k_cmp, lse, cfg, shared)
@@ -164,11 +164,11 @@ def selected_importance(
     q: Float[Tensor, "B T H D"],
     k_cmp: Float[Tensor, "B C G D"],
     lse: Float[Tensor, "B T H"],
-    block_indices: Int[Tensor, "B T X N"],
+    block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
     *,
     backend: str = "reference",
-) -> Float[Tensor, "B T X N"]:
+) -> Float[Tensor, "B T J N"]:
     """See `reference.selected_importance`."""
     _check_scores(q, k_cmp, lse, cfg)
     _check_indices(block_indices, q, k_cmp)
@@ -179,9 +179,9 @@ def selected_attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B T G D"],
     v: Float[Tensor, "B T G Dv"],
-    block_indices: Int[Tensor, "B T X N"],
+    block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
-    block_gates: Float[Tensor, "B T X N"] | None = None,
+    block_gates: Float[Tensor, "B T J N"] | None = None,
     *,
     backend: str = "reference",
 ) -> Float[Tensor, "B T H Dv"]:
@@ -233,7 +233,7 @@ def gated_attention(
     q_rot: Float[Tensor, "B T H D"],
     k_slc: Float[Tensor, "B T G D"],
     v_slc: Float[Tensor, "B T G Dv"],
-    block_indices: Int[Tensor, "B T X N"],
+    block_indices: Int[Tensor, "B T J N"],
     k_win: Float[Tensor, "B T G D"],
     v_win: Float[Tensor, "B T G Dv"],
     cfg: NSAConfig,

@@ -84,8 +84,8 @@ def block_importance(
     lse: Float[Tensor, "B T H"],
     cfg: NSAConfig,
     shared: bool = True,
-) -> Float[Tensor, "B T X S"]:
-    """How much each query makes of each selection block (eq. 8-10); X is G, or H if not shared.
+) -> Float[Tensor, "B T J S"]:
+    """How much each query makes of each selection block (eq. 8-10); J is G, or H if not shared.
 
     `importance="probability_sum"`: the compressed probabilities, spread over the selection blocks
     by overlap (eq. 9), summed over the query heads of a group (eq. 10).
@@ -109,7 +109,7 @@ def block_importance(
             total = (reduce(scores, heads, "mean") * visible) @ overlap
             mean = total / weight.masked_fill(weight == 0, 1.0)
             importance = mean.masked_fill(weight == 0, torch.finfo(scores.dtype).min)
-    return rearrange(importance, "B X T S -> B T X S")
+    return rearrange(importance, "B J T S -> B T J S")
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def select_blocks(
     lse: Float[Tensor, "B T H"],
     cfg: NSAConfig,
     shared: bool = True,
-) -> Int[Tensor, "B T X N"]:
+) -> Int[Tensor, "B T J N"]:
     """The n blocks each query keeps (eq. 11), int32: ascending, distinct, -1 in empty slots.
 
     Forced blocks first (`blocks.priority`), then by importance; on a tie the lower block. Always
@@ -128,7 +128,7 @@ def select_blocks(
     return top_blocks(block_importance(q, k_cmp, lse, cfg, shared), cfg)
 
 
-def top_blocks(importance: Float[Tensor, "B T X S"], cfg: NSAConfig) -> Int[Tensor, "B T X N"]:
+def top_blocks(importance: Float[Tensor, "B T J S"], cfg: NSAConfig) -> Int[Tensor, "B T J N"]:
     """The blocks that `select_blocks` keeps where these are the importances."""
     num_tokens, num_blocks = importance.shape[1], importance.shape[-1]
     rank = blocks.priority(num_tokens, cfg, importance.device)[:, None]
@@ -146,9 +146,9 @@ def selected_importance(
     q: Float[Tensor, "B T H D"],
     k_cmp: Float[Tensor, "B C G D"],
     lse: Float[Tensor, "B T H"],
-    block_indices: Int[Tensor, "B T X N"],
+    block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
-) -> Float[Tensor, "B T X N"]:
+) -> Float[Tensor, "B T J N"]:
     """`block_importance` of the chosen blocks, 0 in empty slots: what `use_diff_topk` trains."""
     shared = block_indices.shape[2] == k_cmp.shape[2]
     importance = block_importance(q, k_cmp, lse, cfg, shared)
@@ -160,11 +160,11 @@ def selected_attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B T G D"],
     v: Float[Tensor, "B T G Dv"],
-    block_indices: Int[Tensor, "B T X N"],
+    block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
-    block_gates: Float[Tensor, "B T X N"] | None = None,
+    block_gates: Float[Tensor, "B T J N"] | None = None,
 ) -> Float[Tensor, "B T H Dv"]:
-    """Attention over the tokens of the selected blocks (eq. 12); X is G, or H: a list a query head.
+    """Attention over the tokens of the selected blocks (eq. 12); J is G, or H: a list a query head.
 
     `block_gates` multiply the scores of their block's tokens; gates of value 1 that carry a
     gradient (straight-through) let the loss reach the importances.

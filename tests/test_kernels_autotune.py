@@ -18,7 +18,8 @@ from triton.runtime.errors import OutOfResources
 from benchmarks import survey, tune
 from nsa import kernels
 from nsa.config import NSAConfig
-from nsa.kernels import attend, autotune, tile_sizes
+from nsa.kernels import autotune, tile_sizes
+from nsa.kernels.tile_order import op as tile_order
 from nsa.kernels.tile_sizes import Problem, Row, Tile
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,7 @@ def test_the_switch_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch
 def test_the_stopwatch_decides_which_tile_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for lengths of one power of two; the result is the table's but for rounding."""
     launched, timed = [], []
-    launch = type(attend.attend_fwd_kernel).run
+    launch = type(tile_order.attend_fwd_kernel).run
 
     def spy(kernel, *args, **kwargs):
         launched.append(kwargs["ROWS"])
@@ -103,7 +104,7 @@ def test_the_stopwatch_decides_which_tile_runs(monkeypatch: pytest.MonkeyPatch) 
         q = torch.randn(1, T, 2, 16, device=DEVICE)
         return kernels.sliding_window_attention(q, q, q, NSAConfig(sliding_window_size=9))
 
-    monkeypatch.setattr(type(attend.attend_fwd_kernel), "run", spy)
+    monkeypatch.setattr(type(tile_order.attend_fwd_kernel), "run", spy)
     monkeypatch.setattr(autotune, "candidates", lambda problem: [SMALL, LARGE])
     torch.manual_seed(0)
     want = window(40)

@@ -60,9 +60,9 @@ def test_ops_are_what_pytorch_takes_them_for():
     q, k, v = (x.contiguous() for x in inputs()[:3])
     angles = torch.randn(20, 8, device=DEVICE)
     for op, arguments in (
-        (torch.ops.nsa.attend, (q, k, v, None, "band", True, 8, 1, 0)),
-        (torch.ops.nsa.turn, (q, angles, False)),
-        (torch.ops.nsa.mean_pool, (k, 6, 4)),
+        (torch.ops.nsa.attend_tiles, (q, k, v, None, "band", True, 8, 1, 0)),
+        (torch.ops.nsa.rotate, (q, angles, False)),
+        (torch.ops.nsa.block_means, (k, 6, 4)),
     ):
         torch.library.opcheck(op.default, arguments)
 

@@ -7,7 +7,8 @@ from kernels_judge import DEVICE, heads
 from benchmarks.workloads import Layout, Workload
 from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
-from nsa.kernels import attend, descriptors
+from nsa.kernels import descriptors
+from nsa.kernels.tile_order import op as tile_order
 
 CFG = NSAConfig(
     sliding_window_size=23, compress_block_size=8, compress_block_sliding_stride=4,
@@ -21,7 +22,7 @@ def described(monkeypatch):
     shapes = []
     describe = descriptors.TensorDescriptor.from_tensor
     monkeypatch.setattr(descriptors, "has_tma", lambda device, dtype: True)
-    monkeypatch.setattr(attend, "DESCRIBED_ROWS", 0)
+    monkeypatch.setattr(tile_order, "DESCRIBED_ROWS", 0)
     monkeypatch.setattr(
         descriptors.TensorDescriptor,
         "from_tensor",
@@ -93,7 +94,7 @@ def test_what_suits(rows, heads, width, dtype, may, monkeypatch):
 
 def test_little_work_is_by_address(described, monkeypatch):
     """A descriptor costs the host 25 µs, which short kernels would wait for."""
-    monkeypatch.setattr(attend, "DESCRIBED_ROWS", 2 * 8 * 2 + 1)
+    monkeypatch.setattr(tile_order, "DESCRIBED_ROWS", 2 * 8 * 2 + 1)
     results(2, 8, 2, 1, 16, 16)
     assert not described
     results(2, 9, 2, 1, 16, 16)
@@ -112,7 +113,7 @@ def test_the_benchmark_judges_both(wrong_by_descriptor, described):
         return w.ops.sliding_window_attention(q, k, v, CFG)
 
     def wrong(q, k, v):
-        by_descriptor = attend.DESCRIBED_ROWS == 0
+        by_descriptor = tile_order.DESCRIBED_ROWS == 0
         return right(q, k, v.roll(1, 1) if by_descriptor == wrong_by_descriptor else v)
 
     names = "out dq dk dv"

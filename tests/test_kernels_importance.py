@@ -6,7 +6,7 @@ from kernels_judge import DEVICE, assert_no_worse, heads
 
 from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
-from nsa.kernels import gathered
+from nsa.kernels.selected_importance import importance_dk_kernel
 
 
 def config(size, stride, length, n, **changes) -> NSAConfig:
@@ -98,10 +98,10 @@ def test_a_sum_over_many_tokens_rounds_no_more_than_one_over_few():
     q, dsum = torch.rand(1, T, 1, D, device=DEVICE), torch.rand(1, T, 1, 1, device=DEVICE)
     k, lse = torch.zeros(1, 2, 1, D, device=DEVICE), torch.zeros(1, T, 1, device=DEVICE)
     dk, indices = torch.empty_like(k), torch.zeros_like(dsum, dtype=torch.int32)
-    gathered.gathered_dk_kernel[(1,)](
+    importance_dk_kernel[(1,)](
         q, k, lse, indices, dsum, dk, T, 2, 1.0,
         H=1, G=1, J=1, D=D, N=1, SIZE=4, STRIDE=4, LENGTH=8, CAUSAL=False, LOGITS=True,
-        BLOCK_D=D, TOKENS=16, KEYS=16, PRECISION="ieee", num_warps=4,
+        PADDED_D=D, TOKENS=16, KEYS=16, PRECISION="ieee", num_warps=4,
     )  # fmt: skip
     want = (dsum.double() * q.double()).sum(1)[0, 0]
     torch.testing.assert_close(dk[0, 0, 0].double(), want, rtol=4 * torch.finfo().eps, atol=0)

@@ -8,7 +8,9 @@ from torch import Tensor
 from benchmarks.judge import poisoned_empty
 from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
-from nsa.kernels import attend_blocks, lists, selected
+from nsa.kernels import selected
+from nsa.kernels.block_order import lists
+from nsa.kernels.block_order import op as block_order
 
 
 def config(length: int, n: int, causal: bool = True) -> NSAConfig:
@@ -80,7 +82,7 @@ def test_dense_blocks_have_no_partial_results(R, dense, monkeypatch):
     (initial, local), T, cfg = dense, 75, config(12, 4)
     indices = random_blocks(1, T, 2, cfg)
     q, k, v = (x.float() for x in heads(1, T, T, 2 * R, 2, 16, 16))
-    parts, merge = [], attend_blocks.merge_kernel
+    parts, merge = [], block_order.merge_kernel
 
     class Recorded:
         def __getitem__(self, grid):
@@ -90,9 +92,9 @@ def test_dense_blocks_have_no_partial_results(R, dense, monkeypatch):
 
             return launch
 
-    monkeypatch.setattr(attend_blocks, "merge_kernel", Recorded())
+    monkeypatch.setattr(block_order, "merge_kernel", Recorded())
     with poisoned_empty():
-        out, *_ = attend_blocks.attend_blocks(q, k, v, indices, None, 12, True, initial, local)
+        out, *_ = block_order.attend_blocks(q, k, v, indices, None, 12, True, initial, local)
     torch.testing.assert_close(out, reference.selected_attention(q, k, v, indices, cfg))
     own = torch.arange(T, device=DEVICE)[:, None, None] // 12
     dense_slots = (indices[0] < initial) | (indices[0] > own - local)

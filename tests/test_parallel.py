@@ -87,13 +87,14 @@ def test_what_is_recomputed_changes_no_gradient(backend: str, autocast: bool) ->
     assert full.bytes < none.bytes / 4
 
     by_triton = backend == "triton"
-    for product in ["aten.mm.default", f"{'nsa.attend' if by_triton else 'aten.bmm'}.default"]:
+    attention = "nsa.attend_tiles" if by_triton else "aten.bmm"
+    for product in ["aten.mm.default", f"{attention}.default"]:
         assert full.backward[product] > none.backward[product], product
         assert selective.backward[product] == none.backward[product], product
     for cheap in ("aten.silu.default", "aten.sigmoid.default"):
         assert full.backward[cheap] > 0 and selective.backward[cheap] > 0, cheap
         assert none.backward[cheap] == 0, cheap
-    choice = "nsa.select.default" if by_triton else "aten.sort.stable"
+    choice = "nsa.select_blocks.default" if by_triton else "aten.sort.stable"
     assert full.forward[choice] and not full.backward[choice]  # selected once
     assert selective.forward[choice] and not selective.backward[choice]
 

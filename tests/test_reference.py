@@ -88,7 +88,7 @@ def test_selection_and_window_see_what_their_masks_show(heads: int) -> None:
     """`heads`: one list of blocks a key/value head, or one a query head."""
     q, k, v = qkv(50)
     indices = some_indices(50, heads)
-    mask = repeat(blocks.selected_tokens(indices, 50, CFG), "B T X K -> B (X r) T K", r=H // heads)
+    mask = repeat(blocks.selected_tokens(indices, 50, CFG), "B T J K -> B (J r) T K", r=H // heads)
     got = reference.selected_attention(q, k, v, indices, CFG)
     assert_same_with_gradients(got, dense(q, k, v, mask), q, k, v)
     window = blocks.sliding_window(50, CFG)

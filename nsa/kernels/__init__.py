@@ -7,11 +7,11 @@ interpreter (TRITON_INTERPRET=1, float32).
 from nsa.kernels.combine import combine
 from nsa.kernels.compressed import compressed_attention
 from nsa.kernels.gated import gated_attention
-from nsa.kernels.gathered import selected_importance
-from nsa.kernels.importance import select_blocks
 from nsa.kernels.pooling import block_means
 from nsa.kernels.rotary import rotate
+from nsa.kernels.select import select_blocks
 from nsa.kernels.selected import selected_attention
+from nsa.kernels.selected_importance import selected_importance
 from nsa.kernels.window import sliding_window_attention
 
 __all__ = [

@@ -6,19 +6,17 @@ the compiler makes a maximum and a minimum, and each compares anew. Arrays are [
 lists, and the networks run along axis 0: a thread that holds whole columns exchanges registers.
 """
 
-# pyright: reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 
-from typing import no_type_check
-
-import triton
 import triton.language as tl
+
+from nsa.kernels.jit import jit
 
 EMPTY = tl.constexpr(-(2**31))  # the rank of a block that may not be kept
 LAST = tl.constexpr(2**31 - 1)  # above any block index
 
 
-@triton.jit
-@no_type_check
+@jit
 def ranking(
     score, row, own, first, num_blocks,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
@@ -37,16 +35,14 @@ def ranking(
     return tl.where(may, rank, EMPTY)
 
 
-@triton.jit
-@no_type_check
+@jit
 def goes_first(rank, tie, other_rank, other_tie):
     """The higher rank, on equal ranks the higher tie: one comparison of 64 bits."""
     mine = (rank.to(tl.int64) << 32) | tie.to(tl.int64)
     return mine > ((other_rank.to(tl.int64) << 32) | other_tie.to(tl.int64))
 
 
-@triton.jit
-@no_type_check
+@jit
 def exchange(
     rank, tie, N: tl.constexpr, RUN: tl.constexpr, DISTANCE: tl.constexpr, DOWN: tl.constexpr
 ):
@@ -71,8 +67,7 @@ def exchange(
     return tl.reshape(rank, [N, W]), tl.reshape(tie, [N, W])
 
 
-@triton.jit
-@no_type_check
+@jit
 def merge(rank, tie, N: tl.constexpr, LOG_RUN: tl.constexpr, DOWN: tl.constexpr):
     """Sorts runs of 2**LOG_RUN rows, each of them bitonic, down and up in turns."""
     for i in tl.static_range(LOG_RUN):
@@ -80,16 +75,14 @@ def merge(rank, tie, N: tl.constexpr, LOG_RUN: tl.constexpr, DOWN: tl.constexpr)
     return rank, tie
 
 
-@triton.jit
-@no_type_check
+@jit
 def better(rank, tie, other_rank, other_tie):
     """The one of each pair that goes first."""
     first = goes_first(rank, tie, other_rank, other_tie)
     return tl.where(first, rank, other_rank), tl.where(first, tie, other_tie)
 
 
-@triton.jit
-@no_type_check
+@jit
 def widened(x, empty, N: tl.constexpr):
     """[N, W] from [M, W]: copies, all but the first of them emptied."""
     copies: tl.constexpr = N // x.shape[0]
@@ -98,8 +91,7 @@ def widened(x, empty, N: tl.constexpr):
     return tl.reshape(wide, [N, x.shape[1]])
 
 
-@triton.jit
-@no_type_check
+@jit
 def better_half(rank, tie, LEFT: tl.constexpr, LOG_KEPT: tl.constexpr):
     """LEFT rows of twice as many: of each pair of runs of 2**LOG_KEPT the best, sorted again."""
     KEPT: tl.constexpr = 2**LOG_KEPT
@@ -111,8 +103,7 @@ def better_half(rank, tie, LEFT: tl.constexpr, LOG_KEPT: tl.constexpr):
     return merge(rank, tie, LEFT, LOG_KEPT, False)
 
 
-@triton.jit
-@no_type_check
+@jit
 def keep_best(best, best_tie, rank, tie, LOG_ROWS: tl.constexpr, LOG_KEPT: tl.constexpr):
     """The first 2**LOG_KEPT of two sets of blocks along axis 0, best first."""
     KEPT: tl.constexpr = 2**LOG_KEPT
@@ -128,8 +119,7 @@ def keep_best(best, best_tie, rank, tie, LOG_ROWS: tl.constexpr, LOG_KEPT: tl.co
     return merge(best, best_tie, KEPT, LOG_KEPT, True)
 
 
-@triton.jit
-@no_type_check
+@jit
 def one_list(best, best_tie, LOG_KEPT: tl.constexpr):
     """[KEPT, W/2] from [KEPT, W]: of each two lists that lie side by side, the best."""
     KEPT: tl.constexpr = 2**LOG_KEPT

@@ -5,24 +5,23 @@ A tile is a box of whole tokens, with one key head or all R query heads of it, o
 power of two. What does not suit is loaded by address, row by row (`load_rows`).
 """
 
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nsa.kernels.jit import jit
 from nsa.kernels.primitives import load_rows, padded
 from nsa.kernels.tile_sizes import capability
 
 LONGEST_BOX = 256  # entries of a tile in any dimension
 
 
-@triton.jit
-@no_type_check
+@jit
 def load_tile(
-    x, rows, live, b, t, T, head, D: tl.constexpr, BLOCK_D: tl.constexpr, DESCRIBED: tl.constexpr
+    x, rows, live, b, t, T, head, D: tl.constexpr, PADDED_D: tl.constexpr, DESCRIBED: tl.constexpr
 ):
     """`load_rows` of a tile of x [B, T, H, D], which begins with token t and `head`.
 
@@ -33,9 +32,9 @@ def load_tile(
             tile = x.load([(b * T + t).to(tl.int32), head.to(tl.int32), 0])
         else:
             tile = x.load([b.to(tl.int32), t, head.to(tl.int32), 0])
-        return tl.reshape(tile, [rows.shape[0], BLOCK_D])
+        return tl.reshape(tile, [rows.shape[0], PADDED_D])
     else:
-        return load_rows(x, rows, live, D, BLOCK_D)
+        return load_rows(x, rows, live, D, PADDED_D)
 
 
 def has_tma(device: torch.device, dtype: torch.dtype) -> bool:

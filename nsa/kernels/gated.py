@@ -9,38 +9,33 @@ so every branch reads the output's own gradient: that of a branch's output is ne
 gradients of the gates are the deltas of the branches. One pass over dO gives all three.
 """
 
-# pyright: reportCallIssue=false
-
-from typing import no_type_check
-
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.attend import attend, gradients
-from nsa.kernels.attend_blocks import attend_blocks, block_gradients
-from nsa.kernels.combine import gated_sum
+from nsa.kernels.block_order.op import attend_blocks, block_gradients
+from nsa.kernels.combine import combine_op
 from nsa.kernels.compressed import with_memory
-from nsa.kernels.lists import membership
-from nsa.kernels.op import custom_op, register_autograd, register_fake
+from nsa.kernels.jit import jit
 from nsa.kernels.primitives import cdiv, load_rows, operands, padded
+from nsa.kernels.registration import custom_op, register_autograd, register_fake
 from nsa.kernels.selected import dense_blocks, in_order, num_words_of, width_of
+from nsa.kernels.tile_order.membership import membership
+from nsa.kernels.tile_order.op import attend_tiles, gradients
 
 ROWS = 32  # rows (token, head) a program takes
 SMALLEST_GATE = tl.constexpr(1e-30)  # below it a branch has no gradient; ln 0 is no number
 
 
-@triton.jit
-@no_type_check
+@jit
 def weigh_branch(
     gate_ptr, x_ptr, lse_ptr, dgate_ptr, delta_ptr, gated_lse_ptr, rows, live, dout,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    DV: tl.constexpr, PADDED_DV: tl.constexpr,
 ):  # fmt: skip
     """One branch of weigh_kernel."""
-    x = load_rows(x_ptr, rows, live, DV, BLOCK_DV).to(tl.float32)
+    x = load_rows(x_ptr, rows, live, DV, PADDED_DV).to(tl.float32)
     delta = tl.sum(x * dout, 1)
     tl.store(dgate_ptr + rows * 3, delta.to(dgate_ptr.dtype.element_ty), mask=live)
     tl.store(delta_ptr + rows, delta, mask=live)
@@ -49,37 +44,36 @@ def weigh_branch(
     tl.store(gated_lse_ptr + rows, lse - tl.log(tl.maximum(gate, SMALLEST_GATE)), mask=live)
 
 
-@triton.jit
-@no_type_check
+@jit
 def weigh_kernel(
     gates_ptr, dout_ptr, a_ptr, b_ptr, c_ptr, lse_a_ptr, lse_b_ptr, lse_c_ptr,
     dgates_ptr, delta_ptr, gated_lse_ptr, num_rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+    DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows: the gates' gradients, and of each branch delta and lse - ln g.  [3, num_rows]"""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < num_rows
-    dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV).to(tl.float32)
+    dout = load_rows(dout_ptr, rows, live, DV, PADDED_DV).to(tl.float32)
     weigh_branch(
         gates_ptr, a_ptr, lse_a_ptr, dgates_ptr, delta_ptr, gated_lse_ptr,
-        rows, live, dout, DV, BLOCK_DV,
+        rows, live, dout, DV, PADDED_DV,
     )  # fmt: skip
     delta_ptr += num_rows
     gated_lse_ptr += num_rows
     weigh_branch(
         gates_ptr + 1, b_ptr, lse_b_ptr, dgates_ptr + 1, delta_ptr, gated_lse_ptr,
-        rows, live, dout, DV, BLOCK_DV,
+        rows, live, dout, DV, PADDED_DV,
     )  # fmt: skip
     delta_ptr += num_rows
     gated_lse_ptr += num_rows
     weigh_branch(
         gates_ptr + 2, c_ptr, lse_c_ptr, dgates_ptr + 2, delta_ptr, gated_lse_ptr,
-        rows, live, dout, DV, BLOCK_DV,
+        rows, live, dout, DV, PADDED_DV,
     )  # fmt: skip
 
 
 @custom_op
-def attend_gated(
+def gated_attention_op(
     gates: Tensor,
     q: Tensor,
     k_cmp: Tensor,
@@ -104,26 +98,26 @@ def attend_gated(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out [B, T, H, Dv], and what the backward reuses of the selected and the sliding branch.
 
-    compressed and lse_cmp are what `attend` gave for q, k_cmp, v_cmp; their gradient is part of
-    this one's. size, stride and memory are the compressed branch's, length a selected block's;
+    compressed and lse_cmp are what `attend_tiles` gave for q, k_cmp, v_cmp; their gradient is part
+    of this one's. size, stride and memory are the compressed branch's, length a selected block's;
     initial and local are `attend_blocks`'s.
     """
     if tiles:
         lists = membership(block_indices, num_words_of(k_slc, length))
         starts = lists.new_empty(0)
-        selected, lse_slc = attend(q_rot, k_slc, v_slc, lists, "bits", causal, length, 1, 0)
+        selected, lse_slc = attend_tiles(q_rot, k_slc, v_slc, lists, "bits", causal, length, 1, 0)
     else:
         rule = length, causal, initial, local
         selected, lse_slc, lists, starts = attend_blocks(
             q_rot, k_slc, v_slc, block_indices, None, *rule
         )
-    sliding, lse_win = attend(q_rot, k_win, v_win, None, "band", causal, window, 1, 0)
-    out = gated_sum(gates, compressed, selected, sliding)
+    sliding, lse_win = attend_tiles(q_rot, k_win, v_win, None, "band", causal, window, 1, 0)
+    out = combine_op(gates, compressed, selected, sliding)
     return out, selected, lse_slc, lists, starts, sliding, lse_win
 
 
 @custom_op
-def attend_gated_backward(
+def gated_attention_backward_op(
     gates: Tensor,
     q: Tensor,
     k_cmp: Tensor,
@@ -188,12 +182,12 @@ def weigh(
     with torch.cuda.device_of(dout):
         weigh_kernel[(cdiv(num_rows, ROWS),)](
             gates, dout, *outs, *lses, dgates, delta, lse, num_rows,
-            DV=width, BLOCK_DV=padded(width), ROWS=ROWS, num_warps=4,
+            DV=width, PADDED_DV=padded(width), ROWS=ROWS, num_warps=4,
         )  # fmt: skip
     return dgates, delta, lse
 
 
-@register_fake(attend_gated)
+@register_fake(gated_attention_op)
 def _(gates, q, k_cmp, v_cmp, compressed, lse_cmp, q_rot, k_slc, v_slc, indices, *rest):
     tiles, causal, length = rest[2], rest[3], rest[7]
     initial, local = rest[9:]
@@ -210,7 +204,7 @@ def _(gates, q, k_cmp, v_cmp, compressed, lse_cmp, q_rot, k_slc, v_slc, indices,
     return like_out[0], like_out[1], like_lse[0], lists, starts, like_out[2], like_lse[1]
 
 
-@register_fake(attend_gated_backward)
+@register_fake(gated_attention_backward_op)
 def _(gates, q, k_cmp, v_cmp, compressed, lse_cmp, q_rot, k_slc, v_slc, indices, k_win, v_win, *_):
     inputs = gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win
     return tuple(x.new_empty(x.shape) for x in inputs)
@@ -224,13 +218,13 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_):
-    grads = attend_gated_backward(*ctx.saved_tensors, dout.contiguous(), *ctx.rules)
+    grads = gated_attention_backward_op(*ctx.saved_tensors, dout.contiguous(), *ctx.rules)
     dgates, dq, dk_cmp, dv_cmp, *of_rotated, dk_win, dv_win = grads
     known = None, None  # compressed and its lse
     return dgates, dq, dk_cmp, dv_cmp, *known, *of_rotated, None, dk_win, dv_win, *([None] * 9)
 
 
-register_autograd(attend_gated, _backward, setup_context=_save)
+register_autograd(gated_attention_op, _backward, setup_context=_save)
 
 
 def gated_attention(
@@ -243,7 +237,7 @@ def gated_attention(
     q_rot: Float[Tensor, "B T H D"],
     k_slc: Float[Tensor, "B T G D"],
     v_slc: Float[Tensor, "B T G Dv"],
-    block_indices: Int[Tensor, "B T X N"],
+    block_indices: Int[Tensor, "B T J N"],
     k_win: Float[Tensor, "B T G D"],
     v_win: Float[Tensor, "B T G Dv"],
     cfg: NSAConfig,
@@ -264,7 +258,7 @@ def gated_attention(
     )
     tiles, indices, length = in_order(block_indices, q_rot, v_slc, cfg)
     size, stride = cfg.compress_block_size, cfg.compress_block_sliding_stride
-    return attend_gated(
+    return gated_attention_op(
         gates.contiguous(), q, k_cmp, v_cmp, compressed, lse.detach().float().contiguous(),
         q_rot, k_slc, v_slc, indices, k_win, v_win,
         tiles, cfg.causal, size, stride, memory, length, cfg.sliding_window_size,

@@ -1,21 +1,16 @@
 """dK and dV whose sums were made in parts: by run of tokens, and by index head of a key head."""
 
-# pyright: reportCallIssue=false
-
-from typing import no_type_check
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.kernels.jit import jit
 from nsa.kernels.primitives import cdiv
 
 ENTRIES = 1024  # of a program
 
 
-@triton.jit
-@no_type_check
+@jit
 def sum_entries(
     part_ptr, sum_ptr, rows, parts, HEADS: tl.constexpr, D: tl.constexpr, ENTRIES: tl.constexpr
 ):
@@ -33,8 +28,7 @@ def sum_entries(
     tl.store(sum_ptr + entry, acc.to(sum_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
-@no_type_check
+@jit
 def sum_parts_kernel(
     part_dk_ptr, part_dv_ptr, dk_ptr, dv_ptr, rows, parts,
     HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ENTRIES: tl.constexpr,

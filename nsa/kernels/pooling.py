@@ -1,25 +1,20 @@
 """Means of compressed blocks (eq. 7 with the mean for φ), one pass forward and one backward."""
 
-# pyright: reportCallIssue=false
-
-from typing import no_type_check
-
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.op import custom_op, register_autograd, register_fake
+from nsa.kernels.jit import jit
 from nsa.kernels.primitives import cdiv
+from nsa.kernels.registration import custom_op, register_autograd, register_fake
 
 UNROLLED = tl.constexpr(32)  # tokens of a turn; more cost minutes of compiling
 BLOCKS, TOKENS, WIDTH = 8, 32, 128  # of a program forward, backward; the features it takes of them
 
 
-@triton.jit
-@no_type_check
+@jit
 def tile_of(num_rows, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """A program's sequence, its ROWS rows, and its WIDTH features."""
     tiles, parts = tl.cdiv(num_rows, ROWS), tl.cdiv(F, WIDTH)
@@ -28,8 +23,7 @@ def tile_of(num_rows, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     return (tile // tiles).to(tl.int64), rows, (part * WIDTH + tl.arange(0, WIDTH))[None, :]
 
 
-@triton.jit
-@no_type_check
+@jit
 def block_means_kernel(
     x_ptr, means_ptr, T, C,
     F: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
@@ -46,8 +40,7 @@ def block_means_kernel(
     tl.store(means_ptr + (b * C + c)[:, None] * F + features, means, mask=live)
 
 
-@triton.jit
-@no_type_check
+@jit
 def block_means_bwd_kernel(
     dmeans_ptr, dx_ptr, T, C,
     F: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
@@ -82,7 +75,7 @@ def launch(
 
 
 @custom_op
-def mean_pool(x: Tensor, size: int, stride: int) -> Tensor:
+def block_means_op(x: Tensor, size: int, stride: int) -> Tensor:
     B, T, G, D = x.shape
     C = (T - size) // stride + 1
     means = torch.empty(B, C, G, D, dtype=x.dtype, device=x.device)
@@ -91,20 +84,20 @@ def mean_pool(x: Tensor, size: int, stride: int) -> Tensor:
 
 
 @custom_op
-def mean_pool_backward(dmeans: Tensor, num_tokens: int, size: int, stride: int) -> Tensor:
+def block_means_backward_op(dmeans: Tensor, num_tokens: int, size: int, stride: int) -> Tensor:
     B, C, G, D = dmeans.shape
     dx = torch.empty(B, num_tokens, G, D, dtype=dmeans.dtype, device=dmeans.device)
     launch(block_means_bwd_kernel, TOKENS, dmeans, dx, num_tokens, C, size, stride)
     return dx
 
 
-@register_fake(mean_pool)
+@register_fake(block_means_op)
 def _(x, size, stride):
     B, T, G, D = x.shape
     return x.new_empty(B, (T - size) // stride + 1, G, D)
 
 
-@register_fake(mean_pool_backward)
+@register_fake(block_means_backward_op)
 def _(dmeans, num_tokens, size, stride):
     B, _, G, D = dmeans.shape
     return dmeans.new_empty(B, num_tokens, G, D)
@@ -116,12 +109,14 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dmeans):
-    return mean_pool_backward(dmeans.contiguous(), ctx.num_tokens, *ctx.sizes), None, None
+    return block_means_backward_op(dmeans.contiguous(), ctx.num_tokens, *ctx.sizes), None, None
 
 
-register_autograd(mean_pool, _backward, setup_context=_save)
+register_autograd(block_means_op, _backward, setup_context=_save)
 
 
 def block_means(x: Float[Tensor, "B T G D"], cfg: NSAConfig) -> Float[Tensor, "B C G D"]:
     """The mean of each compressed block, for at least l tokens, summed in float32."""
-    return mean_pool(x.contiguous(), cfg.compress_block_size, cfg.compress_block_sliding_stride)
+    return block_means_op(
+        x.contiguous(), cfg.compress_block_size, cfg.compress_block_sliding_stride
+    )

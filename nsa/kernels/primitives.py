@@ -2,56 +2,49 @@
 
 Kernels see contiguous [B, T, H, D] arrays. The R query heads of a key head are packed into the
 rows of a tile: row i of index head j is token i // R, query head j * R + i % R. Softmax runs in
-base 2 inside kernels; every lse that leaves one is a natural log. `no_type_check` keeps a run-time
-type checker from wrapping functions that are compiled from their source.
+base 2 inside kernels; every lse that leaves one is a natural log.
 """
 
-# pyright: reportCallIssue=false
-
 from functools import lru_cache
-from typing import no_type_check
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from nsa.kernels.jit import jit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
-@no_type_check
+@jit
 def div_mod(x, n: tl.constexpr):
     """x // n and x % n of what is never negative: a shift and a mask where n is a power of two."""
     x = x.to(tl.uint32)
     return (x // n).to(tl.int32), (x % n).to(tl.int32)
 
 
-@triton.jit
-@no_type_check
-def load_rows(ptr, rows, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a [*, D] array, 0 where not live and beyond D.  [rows, BLOCK_D]"""
-    offs_d = tl.arange(0, BLOCK_D)
+@jit
+def load_rows(ptr, rows, live, D: tl.constexpr, PADDED_D: tl.constexpr):
+    """Rows of a [*, D] array, 0 where not live and beyond D.  [rows, PADDED_D]"""
+    offs_d = tl.arange(0, PADDED_D)
     mask = live[:, None]
-    if D != BLOCK_D:
+    if D != PADDED_D:
         mask = mask & (offs_d < D)[None, :]
     return tl.load(ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
-@no_type_check
-def store_rows(ptr, rows, live, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+@jit
+def store_rows(ptr, rows, live, x, D: tl.constexpr, PADDED_D: tl.constexpr):
     """The counterpart of load_rows; casts to the array's dtype."""
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, PADDED_D)
     mask = live[:, None]
-    if D != BLOCK_D:
+    if D != PADDED_D:
         mask = mask & (offs_d < D)[None, :]
     tl.store(ptr + rows[:, None] * D + offs_d[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-@no_type_check
+@jit
 def load_lse2(ptr, rows, live):
     """A row's lse in base 2.
 
@@ -61,15 +54,13 @@ def load_lse2(ptr, rows, live):
     return tl.load(ptr + rows, mask=live, other=0.0) * LOG2E
 
 
-@triton.jit
-@no_type_check
+@jit
 def finite(m):
     """A maximum to subtract: 0 where nothing was seen, so that exp2(-inf - m) is 0, not NaN."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
-@triton.jit
-@no_type_check
+@jit
 def softmax_step(s, v, m, norm, acc, scale, PRECISION: tl.constexpr):
     """One more tile of unscaled scores s, -inf where unseen, and of values v.
 
@@ -83,14 +74,13 @@ def softmax_step(s, v, m, norm, acc, scale, PRECISION: tl.constexpr):
     return m_new, norm, acc
 
 
-@triton.jit
-@no_type_check
-def row_delta(out_ptr, dout, dlse_ptr, rows, live, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+@jit
+def row_delta(out_ptr, dout, dlse_ptr, rows, live, DV: tl.constexpr, PADDED_DV: tl.constexpr):
     """What is taken from every dP of a row, sum(dO * O) - dlse.
 
     A row that saw nothing has out 0; its dlse counts for nothing later.
     """
-    out = load_rows(out_ptr, rows, live, DV, BLOCK_DV).to(tl.float32)
+    out = load_rows(out_ptr, rows, live, DV, PADDED_DV).to(tl.float32)
     delta = tl.sum(out * dout.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + rows, mask=live, other=0.0)

@@ -1,23 +1,18 @@
 """Rotary embedding: every head's pairs turned by its token's angles, one pass either way."""
 
-# pyright: reportCallIssue=false
-
-from typing import no_type_check
-
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa.kernels.op import custom_op, register_autograd, register_fake
+from nsa.kernels.jit import jit
 from nsa.kernels.primitives import cdiv, power_of_2
+from nsa.kernels.registration import custom_op, register_autograd, register_fake
 
 TOKENS = 16  # of a program
 
 
-@triton.jit
-@no_type_check
+@jit
 def rotate_kernel(
     x_ptr, angles_ptr, out_ptr, T, num_tokens, stride_b, stride_t, stride_h,
     H: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
@@ -43,7 +38,7 @@ def rotate_kernel(
 
 
 @custom_op
-def turn(x: Tensor, angles: Tensor, back: bool) -> Tensor:
+def rotate_op(x: Tensor, angles: Tensor, back: bool) -> Tensor:
     B, T, H, D = x.shape
     out = torch.empty(B, T, H, D, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
@@ -54,7 +49,7 @@ def turn(x: Tensor, angles: Tensor, back: bool) -> Tensor:
     return out
 
 
-@register_fake(turn)
+@register_fake(rotate_op)
 def _(x, angles, back):
     return x.new_empty(x.shape)
 
@@ -66,10 +61,10 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dout):
     (angles,) = ctx.saved_tensors
-    return turn(rows_whole(dout), angles, not ctx.back), None, None
+    return rotate_op(rows_whole(dout), angles, not ctx.back), None, None
 
 
-register_autograd(turn, _backward, setup_context=_save)
+register_autograd(rotate_op, _backward, setup_context=_save)
 
 
 def rows_whole(x: Tensor) -> Tensor:
@@ -84,4 +79,4 @@ def rotate(
 
     Differentiable in x.
     """
-    return turn(rows_whole(x), angles.contiguous(), False)
+    return rotate_op(rows_whole(x), angles.contiguous(), False)

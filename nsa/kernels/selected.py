@@ -1,9 +1,9 @@
 """Selected attention (eq. 12) in two loop orders.
 
-Tiles (tiles.py, rule "bits"): a tile of neighbouring queries passes over every key so far and masks
+The tile order (rule "bits"): a tile of neighbouring queries passes over every key so far and masks
 by a bit. Best where the tile's queries together keep most of what is visible: short sequences.
 
-Blocks (block_order.py): each selection block is loaded once and meets the queries that keep it.
+The block order: each selection block is loaded once and meets the queries that keep it.
 Best where a query keeps little of what it sees.
 """
 
@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.attend import attend
-from nsa.kernels.attend_blocks import attend_blocks
-from nsa.kernels.lists import membership
+from nsa.kernels.block_order.op import attend_blocks
 from nsa.kernels.primitives import cdiv, operands, padded
+from nsa.kernels.tile_order.membership import membership
+from nsa.kernels.tile_order.op import attend_tiles
 
 
 class TileReach(NamedTuple):
@@ -112,11 +112,11 @@ def selected_attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B T G D"],
     v: Float[Tensor, "B T G Dv"],
-    block_indices: Int[Tensor, "B T X N"],
+    block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
-    block_gates: Float[Tensor, "B T X N"] | None = None,
+    block_gates: Float[Tensor, "B T J N"] | None = None,
 ) -> Float[Tensor, "B T H Dv"]:
-    """Attention over the tokens of the selected blocks; X is G, or H: a list a query head.
+    """Attention over the tokens of the selected blocks; J is G, or H: a list a query head.
 
     A token's indices are distinct. block_gates are straight-through: taken to be 1, they get the
     gradient of a factor on the scores of their block's tokens.
@@ -125,7 +125,7 @@ def selected_attention(
     tiles, indices, length = in_order(block_indices, q, v, cfg, gated=block_gates is not None)
     if tiles:
         words = membership(indices, num_words_of(k, length))
-        return attend(q, k, v, words, "bits", cfg.causal, length, 1, 0)[0]
+        return attend_tiles(q, k, v, words, "bits", cfg.causal, length, 1, 0)[0]
     if block_gates is not None:
         block_gates = block_gates.repeat_interleave(cfg.selection_block_size // length, dim=-1)
     rule = length, cfg.causal, *dense_blocks(cfg, length, width_of(q, v))

@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     R: int  # query heads that share a list of blocks
     T: int
     device: torch.device
-    rule: str = ""  # of the kernels in tiles.py
+    rule: str = ""  # of the kernels of the tile order
     block: int = 0  # tokens of a block, in the block order
 
     @property

@@ -26,14 +26,14 @@ def own(*names: str) -> list[torch._ops.OpOverload]:
 
 
 # Blocks are chosen once: a choice made anew from numbers that differ in a last bit is another one.
-CHOICES = [aten.sort.stable, *own("select")]
+CHOICES = [aten.sort.stable, *own("select_blocks")]
 PRODUCTS = [
     *(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default),
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
-    *own("attend", "attend_blocks", "attend_gated", "gathered_importance", "membership"),
+    *own("attend_tiles", "attend_blocks", "gated_attention", "selected_importance", "membership"),
 ]
 KEPT = {"none": None, "full": CHOICES, "selective": CHOICES + PRODUCTS}
 PROGRAMS = 8  # compiled for one kind of layer, at most

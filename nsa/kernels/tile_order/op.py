@@ -1,6 +1,4 @@
-"""The op over tiles.py: attention of q over k, v by a rule, with its gradients."""
-
-# pyright: reportCallIssue=false
+"""Attention of q over the keys that a mask shows, with its gradients: the op over kernels.py."""
 
 from functools import lru_cache, partial
 from typing import Any
@@ -10,7 +8,6 @@ from torch import Tensor
 
 from nsa.kernels.autotune import with_tile
 from nsa.kernels.descriptors import as_tiles
-from nsa.kernels.op import custom_op, register_autograd, register_fake
 from nsa.kernels.partial_sums import summed
 from nsa.kernels.primitives import (
     cdiv,
@@ -19,8 +16,9 @@ from nsa.kernels.primitives import (
     power_of_2,
     precision,
 )
+from nsa.kernels.registration import custom_op, register_autograd, register_fake
+from nsa.kernels.tile_order.kernels import attend_dkv_kernel, attend_dq_kernel, attend_fwd_kernel
 from nsa.kernels.tile_sizes import Problem, Tile
-from nsa.kernels.tiles import attend_dkv_kernel, attend_dq_kernel, attend_fwd_kernel
 
 MAX_SPLITS = 16  # runs of tokens, each with a partial dK and dV
 DESCRIBED_ROWS = 2**18  # query rows from which on tiles are described
@@ -30,11 +28,11 @@ RUN_ROWS = 2**14  # query rows of a run, about: few enough for the key tiles to 
 @lru_cache
 def sizes(H: int, G: int, J: int, D: int, DV: int) -> dict[str, int]:
     """The compile-time sizes of every kernel here."""
-    return dict(H=H, G=G, J=J, D=D, DV=DV, BLOCK_D=padded(D), BLOCK_DV=padded(DV))
+    return dict(H=H, G=G, J=J, D=D, DV=DV, PADDED_D=padded(D), PADDED_DV=padded(DV))
 
 
 @custom_op
-def attend(
+def attend_tiles(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -72,7 +70,7 @@ def attend(
 
 
 @custom_op
-def attend_backward(
+def attend_tiles_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -186,13 +184,13 @@ def partial_like(x: Tensor, splits: int, index_heads: int) -> Tensor:
     return torch.empty(splits, B, S, index_heads, D, dtype=torch.float32, device=x.device)
 
 
-@register_fake(attend)
+@register_fake(attend_tiles)
 def _(q, k, v, words, rule, causal, span, stride, memory):
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
-@register_fake(attend_backward)
+@register_fake(attend_tiles_backward)
 def _(q, k, v, words, out, lse, dout, dlse, rule, causal, span, stride, memory):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -207,8 +205,8 @@ def _backward(ctx, dout, dlse):
     saved = ctx.saved_tensors
     dout = torch.zeros_like(saved[4]) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    grads = attend_backward(*saved, dout, dlse, *ctx.rule)
+    grads = attend_tiles_backward(*saved, dout, dlse, *ctx.rule)
     return *grads, None, None, None, None, None, None
 
 
-register_autograd(attend, _backward, setup_context=_save)
+register_autograd(attend_tiles, _backward, setup_context=_save)

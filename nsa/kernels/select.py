@@ -12,12 +12,7 @@ without a word to the others; where a program has twice as many threads as token
 lists, each of half the blocks of every tile, made one at the end.
 """
 
-# pyright: reportCallIssue=false
-
-from typing import no_type_check
-
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,7 +20,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 from nsa.kernels.autotune import with_tile
 from nsa.kernels.best_blocks import EMPTY, LAST, keep_best, one_list, ranking
-from nsa.kernels.op import custom_op, register_fake
+from nsa.kernels.jit import jit
 from nsa.kernels.primitives import (
     LOG2E,
     cdiv,
@@ -36,14 +31,14 @@ from nsa.kernels.primitives import (
     power_of_2,
     precision,
 )
+from nsa.kernels.registration import custom_op, register_fake
 from nsa.kernels.tile_sizes import Problem, Tile
 
 
-@triton.jit
-@no_type_check
+@jit
 def score_tile(
     q_ptr, k_ptr, lse_ptr, rows, live, t, b, g, s0, T, C, scale,
-    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, LANES: tl.constexpr,
     CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,12 +48,12 @@ def score_tile(
     lane = tl.arange(0, BLOCKS * LANES) // BLOCKS
     offs_c = (s0 + tl.arange(0, BLOCKS * LANES) % BLOCKS) * RATIO + lane
     exists = (lane < RATIO) & (offs_c < C)
-    k = load_rows(k_ptr, (b * C + offs_c) * G + g, exists, D, BLOCK_D)  # [LANES*BLOCKS, BLOCK_D]
+    k = load_rows(k_ptr, (b * C + offs_c) * G + g, exists, D, PADDED_D)  # [LANES*BLOCKS, PADDED_D]
     score = tl.zeros([TOKENS, BLOCKS * LANES], tl.float32)
     for i in range(R):
         # There and back: a tile begins with the queries that L2 saw last.
         r = tl.where(s0 // BLOCKS % 2 == 0, i, R - 1 - i)
-        q = load_rows(q_ptr, rows + r, live, D, BLOCK_D)  # [TOKENS, BLOCK_D]
+        q = load_rows(q_ptr, rows + r, live, D, PADDED_D)  # [TOKENS, PADDED_D]
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if LOGITS:
             score += s * (scale / R)
@@ -73,23 +68,20 @@ def score_tile(
     return tl.where(seen, score, 0.0), seen
 
 
-@triton.jit
-@no_type_check
+@jit
 def follow(stays, leaves, arrives, known, next_stays, next_leaves, next_arrives, next_known):
     """Of two runs of blocks: the last one, and what left the block before it. Associative."""
     return next_stays, next_leaves, tl.where(next_known != 0, next_arrives, leaves), next_known | 1
 
 
-@triton.jit
-@no_type_check
+@jit
 def by_list(x, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LISTS: tl.constexpr):
     """[ROWS, TOKENS*LISTS] from [TOKENS, BLOCKS]: a token's blocks in runs of ROWS, one a list."""
     x = tl.reshape(x, [TOKENS, LISTS, BLOCKS // LISTS])
     return tl.reshape(tl.permute(x, (2, 0, 1)), [BLOCKS // LISTS, TOKENS * LISTS])
 
 
-@triton.jit
-@no_type_check
+@jit
 def spread(
     x, carry, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
     TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, LISTS: tl.constexpr,
@@ -121,14 +113,13 @@ def spread(
     return stays + tl.where(row == 0, into_first, arrives), leaves
 
 
-@triton.jit
-@no_type_check
+@jit
 def select_kernel(
     q_ptr, k_ptr, lse_ptr, indices_ptr, T, C, num_blocks, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
-    BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    PADDED_D: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
     LISTS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one index head: score a tile of blocks over all its heads, keep the best."""
@@ -156,7 +147,7 @@ def select_kernel(
     for s0 in range(0, last, BLOCKS):
         x, seen = score_tile(
             q_ptr, k_ptr, lse_ptr, rows, live, t, b, g, s0, T, C, scale,
-            H, G, J, D, BLOCK_D, SIZE, STRIDE, RATIO, LANES, CAUSAL, LOGITS,
+            H, G, J, D, PADDED_D, SIZE, STRIDE, RATIO, LANES, CAUSAL, LOGITS,
             TOKENS, BLOCKS, PRECISION,
         )  # fmt: skip
         score, carry = spread(x, carry, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES, LISTS)
@@ -182,7 +173,7 @@ def select_kernel(
 
 
 @custom_op
-def select(
+def select_blocks_op(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -210,7 +201,7 @@ def select(
             q, k_cmp, lse, indices, T, k_cmp.shape[1], cdiv(T, length), D**-0.5,
             H=H, G=k_cmp.shape[2], J=J, D=D, N=n, SIZE=size, STRIDE=stride,
             LENGTH=length, INITIAL=initial, LOCAL=local, CAUSAL=causal, LOGITS=logits,
-            BLOCK_D=padded(D), TOKENS=tokens, BLOCKS=blocks, LANES=lanes, LISTS=lists,
+            PADDED_D=padded(D), TOKENS=tokens, BLOCKS=blocks, LANES=lanes, LISTS=lists,
             LOG_ROWS=(blocks // lists).bit_length() - 1, LOG_KEPT=kept.bit_length() - 1,
             PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -222,7 +213,7 @@ def select(
         return with_tile(Problem("select", q.dtype, D, D, H // J, T, q.device), launch)
 
 
-@register_fake(select)
+@register_fake(select_blocks_op)
 def _(q, k_cmp, lse, index_heads, n, *rules):
     return q.new_empty(q.shape[0], q.shape[1], index_heads, n, dtype=torch.int32)
 
@@ -233,13 +224,13 @@ def select_blocks(
     lse: Float[Tensor, "B T H"],
     cfg: NSAConfig,
     shared: bool = True,
-) -> Int[Tensor, "B T X N"]:
+) -> Int[Tensor, "B T J N"]:
     """The n blocks each query keeps, int32: ascending, distinct, -1 in empty slots.
 
     Forced blocks first, then by importance; on a tie the lower block. Not differentiable.
     """
     q, k_cmp = operands(q.detach(), k_cmp.detach())
-    return select(
+    return select_blocks_op(
         q, k_cmp, lse.detach().float().contiguous(), k_cmp.shape[2] if shared else q.shape[2],
         cfg.num_selected_blocks, cfg.compress_block_size, cfg.compress_block_sliding_stride,
         cfg.selection_block_size, cfg.num_initial_blocks, cfg.num_local_blocks, cfg.causal,

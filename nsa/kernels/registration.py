@@ -16,8 +16,11 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)  # kernels s
 
 
 def custom_op(launch: Callable) -> OpOverload:
-    """`launch` as the op nsa::<its name>, its schema from its annotations; it mutates nothing."""
-    name = launch.__name__
+    """`launch` as the op nsa::<its name without _op>; its annotations are the schema.
+
+    It mutates nothing.
+    """
+    name = launch.__name__.removesuffix("_op")
     LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=()), tags=TAGS)
     LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
     return getattr(torch.ops.nsa, name).default

@@ -1,4 +1,4 @@
-"""Who keeps which block: a bit for every block of a token, or a list of slots for every block.
+"""Who keeps which block, for the block order: a list of slots for every block.
 
 Slot ((b * J + j) * T + t) * N + n names block block_indices[b, t, j, n]: the slots of an index head
 (b, j) lie together. Sorting them by block, stably, gives every block of a head the list of its
@@ -7,44 +7,21 @@ whole, or a run of one head's tokens. Long lists (block 0 is in everyone's) are 
 bounded length. All sizes follow from shapes, so nothing waits for the host.
 """
 
-# pyright: reportCallIssue=false
-
 from collections.abc import Iterator
-from typing import NamedTuple, no_type_check
+from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.kernels.op import custom_op, register_fake
-from nsa.kernels.primitives import cdiv, power_of_2
+from nsa.kernels.jit import jit
+from nsa.kernels.primitives import cdiv, div_mod
 
 PARTIAL_BYTES = (2**28, 2**30)  # partial results of a chunk: least and most
 ITEM_ROWS = 4096  # packed rows of one work item, about
 
 
-@triton.jit
-@no_type_check
-def membership_kernel(
-    indices_ptr, words_ptr, T, num_words,
-    J: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """TOKENS tokens of one index head: words [B, J, W, T] of a bit per kept block."""
-    num_tiles = tl.cdiv(T, TOKENS)
-    bj = (tl.program_id(0) // num_tiles).to(tl.int64)
-    t = tl.program_id(0) % num_tiles * TOKENS + tl.arange(0, TOKENS)
-    live = t < T
-    n = tl.arange(0, BLOCK_N)[None, :]
-    slots = ((bj // J * T + t)[:, None] * J + bj % J) * N + n
-    block = tl.load(indices_ptr + slots, mask=live[:, None] & (n < N), other=-1)
-    for w in range(num_words):
-        bits = tl.where((block >= 0) & (block // 32 == w), 1 << (block & 31), 0)
-        tl.store(words_ptr + (bj * num_words + w) * T + t, tl.xor_sum(bits, 1), mask=live)
-
-
-@triton.jit
-@no_type_check
+@jit
 def list_key_kernel(
     indices_ptr, keys_ptr, num_slots, T, num_blocks, chunk_heads, chunk_tokens, last,
     J: tl.constexpr, N: tl.constexpr, SLOTS: tl.constexpr,
@@ -60,8 +37,7 @@ def list_key_kernel(
     tl.store(keys_ptr + slot, key, mask=slot < num_slots)
 
 
-@triton.jit(do_not_specialize=["runs"])
-@no_type_check
+@jit(do_not_specialize=["runs"])
 def cut_kernel(
     starts_ptr, ends_ptr, item_lists_ptr, shared_ends_ptr, num_lists, num_items, runs, all_lists,
     ITEM: tl.constexpr, LISTS: tl.constexpr,
@@ -93,8 +69,7 @@ def cut_kernel(
         shared_end += tl.sum(shared, 0)
 
 
-@triton.jit
-@no_type_check
+@jit
 def find_item(item_lists_ptr, ends_ptr, starts_ptr, item, ITEM: tl.constexpr):
     """The list of a work item, its place among that list's items, their number, its slots."""
     lst = tl.load(item_lists_ptr + item)
@@ -104,6 +79,16 @@ def find_item(item_lists_ptr, ends_ptr, starts_ptr, item, ITEM: tl.constexpr):
     lo = tl.load(starts_ptr + lst) + place * ITEM
     hi = tl.minimum(lo + ITEM, tl.load(starts_ptr + lst + 1))
     return lst, place, count, lo, hi
+
+
+@jit
+def load_slots(slots_ptr, lo, hi, offs_i, R: tl.constexpr):
+    """The slots of packed rows of an item.
+
+    Called a tile ahead: queries can be gathered early only if their addresses are known by then.
+    """
+    i = div_mod(offs_i, R)[0]
+    return tl.load(slots_ptr + lo + i, mask=lo + i < hi, other=0)
 
 
 class Plan(NamedTuple):
@@ -186,26 +171,3 @@ def cut_items(starts: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
     ends, item_lists, shared_ends = cut
     return ends, item_lists, shared_ends
-
-
-@custom_op
-def membership(block_indices: Tensor, num_words: int) -> Tensor:
-    """Words [B, J, num_words, T]: a bit for every block a token keeps."""
-    B, T, J, N = block_indices.shape
-    shape, device = (B, J, num_words, T), block_indices.device
-    if N == 0:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-    words = torch.empty(shape, dtype=torch.int32, device=device)
-    tokens = max(1, 2048 // power_of_2(N))
-    with torch.cuda.device_of(words):
-        membership_kernel[(cdiv(T, tokens) * B * J,)](
-            block_indices, words, T, num_words,
-            J=J, N=N, BLOCK_N=power_of_2(N), TOKENS=tokens, num_warps=4,
-        )  # fmt: skip
-    return words
-
-
-@register_fake(membership)
-def _(block_indices, num_words):
-    B, T, J, _ = block_indices.shape
-    return block_indices.new_empty(B, J, num_words, T)

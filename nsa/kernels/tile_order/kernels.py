@@ -13,12 +13,10 @@ What a loop streams comes as `*_tiles`: descriptors if DESCRIBED, else pointers 
 "bits" reads words [B, J, W, T]: bit s % 32 of word s // 32 says that the token keeps block s.
 """
 
-from typing import no_type_check
-
-import triton
 import triton.language as tl
 
 from nsa.kernels.descriptors import load_tile
+from nsa.kernels.jit import jit
 from nsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -31,8 +29,7 @@ from nsa.kernels.primitives import (
 )
 
 
-@triton.jit
-@no_type_check
+@jit
 def seen_keys(
     t, num_keys,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
@@ -52,8 +49,7 @@ def seen_keys(
     return first, tl.minimum(end, num_keys)
 
 
-@triton.jit
-@no_type_check
+@jit
 def seeing_tokens(
     s_lo, s_hi, T,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
@@ -74,27 +70,24 @@ def seeing_tokens(
     return first, end
 
 
-@triton.jit
-@no_type_check
+@jit
 def word_row(words_ptr, bj, num_words, T, s0, SPAN: tl.constexpr):
     """Where the words that hold the blocks of key tile s0 begin: one for each token."""
     return words_ptr + (bj * num_words + s0 // SPAN // 32) * T
 
 
-@triton.jit
-@no_type_check
+@jit
 def has_bit(word, offs_s, SPAN: tl.constexpr):
     return ((word >> (offs_s // SPAN % 32)) & 1) != 0
 
 
-@triton.jit(do_not_specialize=["num_words"])
-@no_type_check
+@jit(do_not_specialize=["num_words"])
 def attend_fwd_kernel(
     q_ptr, k_tiles, v_tiles, words_ptr, out_ptr, lse_ptr, T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS packed query rows of one index head pass over the key tiles they see."""
@@ -109,7 +102,7 @@ def attend_fwd_kernel(
     live = offs_i < T * R
     t, r = div_mod(offs_i, R)
     rows = (b * T + t) * H + j * R + r
-    q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
+    q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
     first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
@@ -118,13 +111,13 @@ def attend_fwd_kernel(
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    acc = tl.zeros([ROWS, PADDED_DV], tl.float32)
     for s0 in range(s_lo, s_hi, KEYS):
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
         live_s = offs_s < num_keys
-        k = load_tile(k_tiles, key_rows, live_s, b, s0, num_keys, g, D, BLOCK_D, DESCRIBED)
-        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, DV, BLOCK_DV, DESCRIBED)
+        k = load_tile(k_tiles, key_rows, live_s, b, s0, num_keys, g, D, PADDED_D, DESCRIBED)
+        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, DV, PADDED_DV, DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
             seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
@@ -134,19 +127,18 @@ def attend_fwd_kernel(
             s = tl.where(has_bit(word[:, None], offs_s[None, :], SPAN), s, float("-inf"))
         m, norm, acc = softmax_step(s, v, m, norm, acc, scale, PRECISION)
     norm = tl.where(norm > 0, norm, 1.0)  # a row that saw nothing: out 0, m and lse -inf
-    store_rows(out_ptr, rows, live, acc / norm[:, None], DV, BLOCK_DV)
+    store_rows(out_ptr, rows, live, acc / norm[:, None], DV, PADDED_DV)
     tl.store(lse_ptr + rows, (m + tl.log2(norm)) * LN2, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_words"])
-@no_type_check
+@jit(do_not_specialize=["num_words"])
 def attend_dq_kernel(
     q_ptr, k_tiles, v_tiles, words_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The query gradient of ROWS packed rows: the forward's pass again, with dS for P.
@@ -165,13 +157,13 @@ def attend_dq_kernel(
     live = offs_i < T * R
     t, r = div_mod(offs_i, R)
     rows = (b * T + t) * H + j * R + r
-    q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [ROWS, BLOCK_D]
-    dout = load_rows(dout_ptr, rows, live, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
+    q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
+    dout = load_rows(dout_ptr, rows, live, DV, PADDED_DV)  # [ROWS, PADDED_DV]
     lse2 = load_lse2(lse_ptr, rows, live)
     if out_ptr is None:
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
     else:
-        delta = row_delta(out_ptr, dout, dlse_ptr, rows, live, DV, BLOCK_DV)
+        delta = row_delta(out_ptr, dout, dlse_ptr, rows, live, DV, PADDED_DV)
         tl.store(delta_ptr + rows, delta, mask=live)
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
@@ -179,13 +171,13 @@ def attend_dq_kernel(
     s_lo, full_hi = seen_keys(t_lo, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
     full_lo, s_hi = seen_keys(t_hi, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
 
-    dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    dq = tl.zeros([ROWS, PADDED_D], tl.float32)
     for s0 in range(s_lo, s_hi, KEYS):
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
         live_s = offs_s < num_keys
-        k = load_tile(k_tiles, key_rows, live_s, b, s0, num_keys, g, D, BLOCK_D, DESCRIBED)
-        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, DV, BLOCK_DV, DESCRIBED)
+        k = load_tile(k_tiles, key_rows, live_s, b, s0, num_keys, g, D, PADDED_D, DESCRIBED)
+        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, DV, PADDED_DV, DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[:, None])  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
@@ -199,12 +191,11 @@ def attend_dq_kernel(
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     dq *= scale
     if ADD:
-        dq += load_rows(dq_ptr, rows, live, D, BLOCK_D).to(tl.float32)
-    store_rows(dq_ptr, rows, live, dq, D, BLOCK_D)
+        dq += load_rows(dq_ptr, rows, live, D, PADDED_D).to(tl.float32)
+    store_rows(dq_ptr, rows, live, dq, D, PADDED_D)
 
 
-@triton.jit
-@no_type_check
+@jit
 def shared_turn(i_lo, i_hi, ROWS: tl.constexpr):
     """How far into its rows a key tile of the band begins, and how long its round of them is.
 
@@ -216,15 +207,14 @@ def shared_turn(i_lo, i_hi, ROWS: tl.constexpr):
     return first * ROWS, tiles * ROWS
 
 
-@triton.jit(do_not_specialize=["num_words", "batch", "splits"])
-@no_type_check
+@jit(do_not_specialize=["num_words", "batch", "splits"])
 def attend_dkv_kernel(
     q_tiles, k_ptr, v_ptr, words_ptr, dout_tiles, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     T, num_keys, num_words, batch, splits, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     RULE: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of KEYS keys from one of `splits` runs of tokens.
@@ -245,8 +235,8 @@ def attend_dkv_kernel(
     offs_s = s0 + tl.arange(0, KEYS)
     live_s = offs_s < num_keys
     key_rows = (b * num_keys + offs_s) * G + g
-    k = load_rows(k_ptr, key_rows, live_s, D, BLOCK_D)  # [KEYS, BLOCK_D]
-    v = load_rows(v_ptr, key_rows, live_s, DV, BLOCK_DV)  # [KEYS, BLOCK_DV]
+    k = load_rows(k_ptr, key_rows, live_s, D, PADDED_D)  # [KEYS, PADDED_D]
+    v = load_rows(v_ptr, key_rows, live_s, DV, PADDED_DV)  # [KEYS, PADDED_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
     t_lo, t_hi = seeing_tokens(s0, s_hi, T, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
     # Whole tiles make a run. A row behind i_hi is behind T, and 0, or sees none of these keys, and
@@ -255,8 +245,8 @@ def attend_dkv_kernel(
     i_lo = tl.maximum(t_lo, split * run) * R // ROWS * ROWS
     i_hi = tl.minimum(t_hi, (split + 1) * run) * R
 
-    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    dk = tl.zeros([KEYS, PADDED_D], tl.float32)
+    dv = tl.zeros([KEYS, PADDED_DV], tl.float32)
     turn, round_ = shared_turn(i_lo, i_hi, ROWS)
     for i0 in range(i_lo, i_hi, ROWS):
         if RULE == "band":
@@ -267,8 +257,8 @@ def attend_dkv_kernel(
         t, r = div_mod(offs_i, R)
         rows = (b * T + t) * H + j * R + r
         t0 = i0 // R
-        q = load_tile(q_tiles, rows, live, b, t0, T, j * R, D, BLOCK_D, DESCRIBED)
-        dout = load_tile(dout_tiles, rows, live, b, t0, T, j * R, DV, BLOCK_DV, DESCRIBED)
+        q = load_tile(q_tiles, rows, live, b, t0, T, j * R, D, PADDED_D, DESCRIBED)
+        dout = load_tile(dout_tiles, rows, live, b, t0, T, j * R, DV, PADDED_DV, DESCRIBED)
         lse2 = load_lse2(lse_ptr, rows, live)
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
@@ -287,5 +277,5 @@ def attend_dkv_kernel(
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     part_rows = ((split.to(tl.int64) * batch + b) * num_keys + offs_s) * J + j
-    store_rows(dk_ptr, part_rows, live_s, dk * scale, D, BLOCK_D)
-    store_rows(dv_ptr, part_rows, live_s, dv, DV, BLOCK_DV)
+    store_rows(dk_ptr, part_rows, live_s, dk * scale, D, PADDED_D)
+    store_rows(dv_ptr, part_rows, live_s, dv, DV, PADDED_DV)

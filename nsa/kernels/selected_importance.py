@@ -5,18 +5,13 @@ Selection block s overlaps compressed blocks (s - 1) * RATIO + 1 ... (s + 1) * R
 of its slots; dK takes a tile of keys and passes over the tokens that see it.
 """
 
-# pyright: reportCallIssue=false
-
-from typing import no_type_check
-
 import torch
-import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.op import custom_op, register_autograd, register_fake
+from nsa.kernels.jit import jit
 from nsa.kernels.primitives import (
     LOG2E,
     cdiv,
@@ -28,12 +23,12 @@ from nsa.kernels.primitives import (
     precision,
     store_rows,
 )
+from nsa.kernels.registration import custom_op, register_autograd, register_fake
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
 
 
-@triton.jit
-@no_type_check
+@jit
 def overlap(c, block, SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr):
     """Tokens shared by compressed block c and selection block `block`, in strides (eq. 9)."""
     begin = tl.maximum(c * STRIDE, block * LENGTH)
@@ -41,14 +36,13 @@ def overlap(c, block, SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.const
     return tl.maximum(end - begin, 0).to(tl.float32) / STRIDE
 
 
-@triton.jit
-@no_type_check
-def gathered_kernel(
+@jit
+def importance_kernel(
     q_ptr, k_ptr, lse_ptr, indices_ptr, value_ptr, dvalue_ptr, dq_ptr, dlse_ptr, T, C, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
     CAUSAL: tl.constexpr, LOGITS: tl.constexpr, BACKWARD: tl.constexpr,
-    BLOCK_D: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr,
+    PADDED_D: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One token of one index head: its slots' values; backward, dQ, dlse and, into `value`, the
@@ -59,10 +53,10 @@ def gathered_kernel(
     b, t = token // T, token % T
     r = tl.arange(0, HEADS)
     rows = token * H + j * R + r
-    q = load_rows(q_ptr, rows, r < R, D, BLOCK_D)  # [HEADS, BLOCK_D]
+    q = load_rows(q_ptr, rows, r < R, D, PADDED_D)  # [HEADS, PADDED_D]
     lse2 = load_lse2(lse_ptr, rows, r < R)
     lane = tl.arange(0, SLOTS * LANES) % LANES
-    dq = tl.zeros([HEADS, BLOCK_D], tl.float32)
+    dq = tl.zeros([HEADS, PADDED_D], tl.float32)
     dlse = tl.zeros([HEADS], tl.float32)
     for n0 in range(0, N, SLOTS):
         n = n0 + tl.arange(0, SLOTS)
@@ -74,7 +68,7 @@ def gathered_kernel(
         seen = (block >= 0) & (c >= 0) & (c < C) & (lane < 2 * RATIO - 1)
         if CAUSAL:
             seen = seen & (c * STRIDE + SIZE - 1 <= t)
-        k = load_rows(k_ptr, (b * C + c) * G + j // (J // G), seen, D, BLOCK_D)
+        k = load_rows(k_ptr, (b * C + c) * G + j // (J // G), seen, D, PADDED_D)
         weight = tl.where(seen, overlap(c, block, SIZE, STRIDE, LENGTH), 0.0)
         total = tl.sum(tl.reshape(weight, [SLOTS, LANES]), 1)  # [SLOTS], in strides
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [HEADS, SLOTS * LANES]
@@ -103,12 +97,11 @@ def gathered_kernel(
             kept = tl.load(indices_ptr + slot, mask=n < N, other=-1) >= 0
             tl.store(value_ptr + slot, tl.where(kept, value, 0.0), mask=n < N)
     if BACKWARD:
-        store_rows(dq_ptr, rows, r < R, dq * scale, D, BLOCK_D)
+        store_rows(dq_ptr, rows, r < R, dq * scale, D, PADDED_D)
         tl.store(dlse_ptr + rows, dlse, mask=r < R)
 
 
-@triton.jit
-@no_type_check
+@jit
 def add_exactly(total, lost, x):
     """total + x, and what its rounding lost, to be made up for by the next addition (Kahan)."""
     x -= lost
@@ -116,14 +109,13 @@ def add_exactly(total, lost, x):
     return new, (new - total) - x
 
 
-@triton.jit
-@no_type_check
-def gathered_dk_kernel(
+@jit
+def importance_dk_kernel(
     q_ptr, k_ptr, lse_ptr, indices_ptr, dsum_ptr, dk_ptr, T, C, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
     CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
-    BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED_D: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of KEYS compressed keys from every token that sees them.
 
@@ -136,15 +128,15 @@ def gathered_dk_kernel(
     b, g = bg // G, bg % G
     c0 = tl.program_id(0) % num_tiles * KEYS
     c = c0 + tl.arange(0, KEYS)
-    k = load_rows(k_ptr, (b * C + c) * G + g, c < C, D, BLOCK_D)  # [KEYS, BLOCK_D]
+    k = load_rows(k_ptr, (b * C + c) * G + g, c < C, D, PADDED_D)  # [KEYS, PADDED_D]
     block = c * STRIDE // LENGTH  # the first of at most two that it overlaps
     here = overlap(c, block, SIZE, STRIDE, LENGTH)[None, :]
     after = overlap(c, block + 1, SIZE, STRIDE, LENGTH)[None, :]
     t_lo = 0
     if CAUSAL:
         t_lo = c0 * STRIDE + SIZE - 1
-    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    lost = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dk = tl.zeros([KEYS, PADDED_D], tl.float32)
+    lost = tl.zeros([KEYS, PADDED_D], tl.float32)
     for t0 in range(t_lo, T, TOKENS):
         t = t0 + tl.arange(0, TOKENS)
         live = t < T
@@ -164,7 +156,7 @@ def gathered_dk_kernel(
             weight = tl.where(seen, weight, 0.0)
             for r in range(R):
                 rows = (b * T + t) * H + j * R + r
-                q = load_rows(q_ptr, rows, live, D, BLOCK_D)  # [TOKENS, BLOCK_D]
+                q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [TOKENS, PADDED_D]
                 ds = weight
                 if not LOGITS:
                     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
@@ -176,26 +168,26 @@ def gathered_dk_kernel(
                     dk, lost = add_exactly(dk, lost, part)
                 else:
                     dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    store_rows(dk_ptr, (b * C + c) * G + g, c < C, dk * scale, D, BLOCK_D)
+    store_rows(dk_ptr, (b * C + c) * G + g, c < C, dk * scale, D, PADDED_D)
 
 
 def launch(arrays, q: Tensor, k_cmp: Tensor, indices: Tensor, rules, backward: bool) -> None:
-    """gathered_kernel on arrays (value, dvalue, dq, dlse); rules are (l, d, l', causal, logits)."""
+    """importance_kernel on (value, dvalue, dq, dlse); rules are (l, d, l', causal, logits)."""
     (B, T, H, D), (J, N) = q.shape, indices.shape[2:]
     size, stride, length, causal, logits = rules
     lanes = power_of_2(2 * (length // stride) - 1)
     columns = 64 if q.element_size() * padded(D) <= 512 else 32
-    gathered_kernel[(B * T * J,)](
+    importance_kernel[(B * T * J,)](
         *arrays, T, k_cmp.shape[1], D**-0.5,
         H=H, G=k_cmp.shape[2], J=J, D=D, N=N, SIZE=size, STRIDE=stride, LENGTH=length,
-        CAUSAL=causal, LOGITS=logits, BACKWARD=backward, BLOCK_D=padded(D),
+        CAUSAL=causal, LOGITS=logits, BACKWARD=backward, PADDED_D=padded(D),
         HEADS=max(16, power_of_2(H // J)), SLOTS=max(1, columns // lanes), LANES=lanes,
         PRECISION=precision(), num_warps=4,
     )  # fmt: skip
 
 
 @custom_op
-def gathered_importance(
+def selected_importance_op(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -215,7 +207,7 @@ def gathered_importance(
 
 
 @custom_op
-def gathered_importance_backward(
+def selected_importance_backward_op(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -235,21 +227,21 @@ def gathered_importance_backward(
     with torch.cuda.device_of(q):
         arrays = (q, k_cmp, lse, indices, dsum, dvalue, dq, dlse)
         launch(arrays, q, k_cmp, indices, (size, stride, length, causal, logits), True)
-        gathered_dk_kernel[(cdiv(C, keys) * B * G,)](
+        importance_dk_kernel[(cdiv(C, keys) * B * G,)](
             q, k_cmp, lse, indices, dsum, dk, T, C, D**-0.5,
             H=H, G=G, J=J, D=D, N=N, SIZE=size, STRIDE=stride, LENGTH=length, CAUSAL=causal,
-            LOGITS=logits, BLOCK_D=padded(D), TOKENS=keys, KEYS=keys, PRECISION=precision(),
+            LOGITS=logits, PADDED_D=padded(D), TOKENS=keys, KEYS=keys, PRECISION=precision(),
             num_warps=4,
         )  # fmt: skip
     return dq, dk, dlse
 
 
-@register_fake(gathered_importance)
+@register_fake(selected_importance_op)
 def _(q, k_cmp, lse, indices, size, stride, length, causal, logits):
     return q.new_empty(indices.shape, dtype=torch.float32)
 
 
-@register_fake(gathered_importance_backward)
+@register_fake(selected_importance_backward_op)
 def _(q, k_cmp, lse, indices, dvalue, size, stride, length, causal, logits):
     return q.new_empty(q.shape), k_cmp.new_empty(k_cmp.shape), lse.new_empty(lse.shape)
 
@@ -260,26 +252,26 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dvalue):
-    grads = gathered_importance_backward(*ctx.saved_tensors, dvalue.contiguous(), *ctx.rules)
+    grads = selected_importance_backward_op(*ctx.saved_tensors, dvalue.contiguous(), *ctx.rules)
     return *grads, None, None, None, None, None, None
 
 
-register_autograd(gathered_importance, _backward, setup_context=_save)
+register_autograd(selected_importance_op, _backward, setup_context=_save)
 
 
 def selected_importance(
     q: Float[Tensor, "B T H D"],
     k_cmp: Float[Tensor, "B C G D"],
     lse: Float[Tensor, "B T H"],
-    block_indices: Int[Tensor, "B T X N"],
+    block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
-) -> Float[Tensor, "B T X N"]:
+) -> Float[Tensor, "B T J N"]:
     """block_importance at block_indices, without the rest of it; 0 in empty slots.
 
     Differentiable in q, k_cmp and lse.
     """
     q, k_cmp = operands(q, k_cmp)
-    return gathered_importance(
+    return selected_importance_op(
         q, k_cmp, lse.float().contiguous(), block_indices.int().contiguous(),
         cfg.compress_block_size, cfg.compress_block_sliding_stride,
         cfg.selection_block_size, cfg.causal, cfg.importance == "logit_mean",

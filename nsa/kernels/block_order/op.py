@@ -1,6 +1,4 @@
-"""The op over block_order.py: selected attention by lists, chunk by chunk, with its gradients."""
-
-# pyright: reportCallIssue=false
+"""Selected attention block by block, chunk after chunk, with its gradients: the op."""
 
 from typing import Any
 
@@ -8,18 +6,17 @@ import torch
 from torch import Tensor
 
 from nsa.kernels.autotune import with_tile
-from nsa.kernels.block_order import (
+from nsa.kernels.block_order.backward import (
     block_bwd_kernel,
-    block_fwd_kernel,
     delta_kernel,
-    merge_kernel,
     sum_items_kernel,
     sum_slots_kernel,
 )
-from nsa.kernels.lists import Chunk, Plan, chunks_of, cut_items, plan_work, sort_slots
-from nsa.kernels.op import custom_op, register_autograd, register_fake
+from nsa.kernels.block_order.forward import block_fwd_kernel, merge_kernel
+from nsa.kernels.block_order.lists import Chunk, Plan, chunks_of, cut_items, plan_work, sort_slots
 from nsa.kernels.partial_sums import summed
 from nsa.kernels.primitives import cdiv, padded, power_of_2, precision
+from nsa.kernels.registration import custom_op, register_autograd, register_fake
 from nsa.kernels.tile_sizes import Problem, Tile, table_tile
 
 MERGE_REGISTERS = 168  # a thread's, at most: three programs of four warps a multiprocessor
@@ -59,14 +56,15 @@ def attend_blocks(
             block_fwd_kernel[(plan.items,)](
                 q, k, v, slots, starts, ends, item_lists, part, part_lse, T, num_blocks,
                 plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
-                **constants, **dense, BLOCK_NEAR=power_of_2(local * length),
+                **constants, **dense, PADDED_D=padded(D), PADDED_DV=padded(DV),
+                BLOCK_NEAR=power_of_2(local * length),
                 ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             merge_kernel[(cdiv(chunk.tokens * R, merge.rows) * chunk.heads,)](
                 q, k, v, part, part_lse, block_indices, out, lse,
                 T, chunk.first_head, chunk.first_token, chunk.tokens, D**-0.5,
                 H=H, G=v.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, **dense,
-                BLOCK_N=power_of_2(N), BLOCK_D=padded(D), BLOCK_DV=padded(DV), ROWS=merge.rows,
+                PADDED_N=power_of_2(N), PADDED_D=padded(D), PADDED_DV=padded(DV), ROWS=merge.rows,
                 KEYS=padded(length), PRECISION=precision(),
                 num_warps=merge.warps, num_stages=merge.stages, maxnreg=registers,
             )  # fmt: skip
@@ -103,7 +101,7 @@ def attend_blocks_backward(
     delta, DV = torch.empty_like(lse), v.shape[3]
     with torch.cuda.device_of(q):
         delta_kernel[(cdiv(lse.numel(), 32),)](
-            out, dout, delta, lse.numel(), DV=DV, BLOCK_DV=padded(DV), ROWS=32, num_warps=4
+            out, dout, delta, lse.numel(), DV=DV, PADDED_DV=padded(DV), ROWS=32, num_warps=4
         )
     of_out = lse, delta, slots, starts, dout
     return block_gradients(q, k, v, block_indices, *of_out, gated, length, causal)
@@ -146,17 +144,18 @@ def block_gradients(
                 part_dq, part_dgate, part_dk, part_dv, dk, dv, T, num_blocks,
                 plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
                 **constants, GATES=gated, AHEAD=padded(max(D, DV)) <= 64,
+                WIDTH=min(64, padded(D)), WIDTH_V=min(64, padded(DV)),
                 ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             sum_items_kernel[(plan.lists, cdiv(length, 8), 2)](
                 part_dk, part_dv, dk, dv, ends, shared_ends, T, num_blocks,
                 chunk.number, chunk.first_head, chunk.first_token,
-                J=J, D=D, DV=DV, LENGTH=length, BLOCK_D=padded(D), BLOCK_DV=padded(DV),
+                J=J, D=D, DV=DV, LENGTH=length, PADDED_D=padded(D), PADDED_DV=padded(DV),
                 KEYS=8, ITEMS=8, num_warps=4,
             )  # fmt: skip
             sum_slots_kernel[(cdiv(chunk.tokens * R, 32) * chunk.heads,)](
                 part_dq, block_indices, dq, T, chunk.first_head, chunk.first_token, chunk.tokens,
-                H=H, J=J, N=N, D=D, BLOCK_D=padded(D), ROWS=32, num_warps=4,
+                H=H, J=J, N=N, D=D, PADDED_D=padded(D), ROWS=32, num_warps=4,
             )  # fmt: skip
             if part_dgate is not None:
                 by_slot = part_dgate.view(plan.heads, plan.tokens, N, R).sum(-1)
@@ -191,8 +190,8 @@ def sizes(
     """The compile-time sizes that the two large kernels share."""
     (_, _, H, D), (_, _, G, DV), (J, N) = q.shape, v.shape, indices.shape[2:]
     return dict(
-        H=H, G=G, J=J, N=N, D=D, DV=DV, LENGTH=length, CAUSAL=causal, BLOCK_D=padded(D),
-        BLOCK_DV=padded(DV), KEYS=padded(length), ITEM=plan.item, PRECISION=precision(),
+        H=H, G=G, J=J, N=N, D=D, DV=DV, LENGTH=length, CAUSAL=causal,
+        KEYS=padded(length), ITEM=plan.item, PRECISION=precision(),
     )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Attention of selection blocks, which pass over the queries that keep them."""

@@ -1,0 +1,1 @@
+"""Attention of tiles of neighbouring queries, which pass over the keys."""
