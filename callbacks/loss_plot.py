@@ -1,4 +1,4 @@
-"""loss.png: bits per byte against steps and tokens."""
+"""loss.png: the metric of the data against steps and tokens."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from callbacks.csv_logger import Row, RunCSVLogger, read_rows
+from callbacks.metric import metric_of
 from runs.folder import leaves_files, replacing, run_folder
 
 TRAIN, VALIDATION = "#8aa9c9", "#c2452d"
@@ -57,9 +58,11 @@ class LossPlot(Callback):
             return
         folder = run_folder(trainer)
         rows = read_rows(Path(folder, "metrics.csv"))
-        train, validation = curve(rows, "train/bpb"), curve(rows, "val/bpb")
+        metric = metric_of(trainer)
+        train = curve(rows, f"train/{metric.name}")
+        validation = curve(rows, f"val/{metric.name}")
         if train or validation:
-            figure = draw(train, validation, self.smoothing, self._tokens_per_step)
+            figure = draw(train, validation, metric, self.smoothing, self._tokens_per_step)
             with replacing(folder / "loss.png") as draft:
                 figure.savefig(draft, dpi=150)
 
@@ -79,7 +82,9 @@ def smooth(points: Curve, share: float) -> Curve:
     return means
 
 
-def draw(train: Curve, validation: Curve, smoothing: float, tokens_per_step: int | None) -> Figure:
+def draw(
+    train: Curve, validation: Curve, metric: Any, smoothing: float, tokens_per_step: int | None
+) -> Figure:
     """Training thin and smoothed, validation with its last and its best value in the legend."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -89,15 +94,16 @@ def draw(train: Curve, validation: Curve, smoothing: float, tokens_per_step: int
         label = f"training, {smoothed[-1][1]:.3f} at the end"
         axes.plot(*zip(*smoothed, strict=True), color=TRAIN, linewidth=2, label=label)
     if validation:
-        last, best = validation[-1][1], min(value for _, value in validation)
+        last = validation[-1][1]
+        best = (min if metric.mode == "min" else max)(value for _, value in validation)
         label = f"validation, {last:.3f} at the end"
-        label += f", {best:.3f} at best" if best < last else ""
+        label += f", {best:.3f} at best" if best != last else ""
         style = {"marker": "o", "markersize": 4, "linewidth": 2}
         axes.plot(*zip(*validation, strict=True), color=VALIDATION, label=label, **style)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("bits per byte")
+    axes.set_ylabel(metric.label)
     values = [value for _, value in train + validation]
-    if min(values) * 2 < max(values):  # show the long end as well as the first steps
+    if metric.mode == "min" and 0 < min(values) * 2 < max(values):  # the long end, and the start
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=TICKS))
         axes.yaxis.set_major_formatter("{x:.3g}")

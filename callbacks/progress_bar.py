@@ -9,12 +9,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from callbacks.every_n_steps import EveryNSteps
-
-SHOWN = {"train/loss": "loss", "train/bpb": "bpb", "val/bpb": "val bpb"}
+from callbacks.metric import metric_of
 
 
 class StepProgressBar(EveryNSteps, ProgressBar):
-    """Shows steps, loss, bpb, the latest validation bpb, tokens per second and the time left.
+    """Shows steps, loss, metric, the latest validation's, tokens per second and the time left.
 
     Metrics are read every n steps only, since reading one waits for the GPU. The time left follows
     from the wall time of this process's steps, validations included, its first step aside.
@@ -84,9 +83,9 @@ class StepProgressBar(EveryNSteps, ProgressBar):
         metrics = trainer.callback_metrics
         last = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         parts = [f"step {trainer.global_step:>{max(0, len(last) - 1)}}{last}"]
-        parts += [
-            f"{label} {metrics[name]:.4f}" for name, label in SHOWN.items() if name in metrics
-        ]
+        name = metric_of(trainer).name
+        shown = {"train/loss": "loss", f"train/{name}": name, f"val/{name}": f"val {name}"}
+        parts += [f"{label} {metrics[key]:.4f}" for key, label in shown.items() if key in metrics]
         if (speed := metrics.get("perf/tokens_per_second")) is not None:
             parts.append(f"{human(float(speed))} tokens/s")
         if (left := self._seconds_left(trainer)) is not None:

@@ -1,7 +1,8 @@
 """What every corpus shares: prepared once as token shards, served as {"tokens": int64 [B, T + 1]}.
 
-Inputs are tokens[:, :-1] and labels tokens[:, 1:]; a label of -1 is not scored, and occurs only
-where the last windows of a validation or test split are padded.
+Inputs are tokens[:, :-1] and labels tokens[:, 1:]. The last windows of a validation or test split
+are padded with -1, which is not scored. A batch may also say which labels are scored, anywhere in a
+window: {"tokens": …, "scored": bool [B, T]}.
 """
 
 import logging
@@ -17,6 +18,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.metrics import BITS_PER_BYTE, Metric
 from data.sampler import EvalBatches, EvalWindows, TrainBatches, TrainWindows
 from data.shards import (
     ShardWriter,
@@ -49,6 +51,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
     at least one window each.
     """
 
+    metric: Metric = BITS_PER_BYTE  # what a run on these data is judged by
     more_text = "choose a larger corpus"  # the way out where a split is shorter than a window
 
     def __init__(
@@ -192,7 +195,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
         )
 
     def bytes_per_token(self, split: str) -> float:
-        """Mean bytes of text behind a token of the split: bpb = nats per token / ln 2 / this."""
+        """Mean bytes of text that a token of the split stands for."""
         return self.splits[split].bytes_per_token
 
     def state_dict(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def check_settings(settings: dict[str, Any]) -> None:
             f"val_every_n_steps={settings['val_every_n_steps']} must be at least 1; a number above "
             "trainer.max_steps validates at the end alone"
         )
-    results.check_objective(settings["objective"])
+    results.check_objective(settings["objective"], results.metric_of(settings["data"]).name)
     model, data = settings["model"]["vocab_size"], settings["data"]["vocab_size"]
     if model < data:
         raise ValueError(f"model.vocab_size={model} must be at least data.vocab_size={data}")
@@ -152,8 +152,10 @@ def train(run: Run, cfg: DictConfig) -> dict[str, Any]:
         evaluations += trainer.test(module, datamodule=datamodule, verbose=False)
     for evaluation in evaluations:
         metrics |= evaluation
-    bpb = {f"{split}_bpb": finite(metrics.get(f"{split}/bpb")) for split in ("val", "test")}
-    result = bpb | figures(run, cfg, time.monotonic() - started)
+    name, better = datamodule.metric.name, datamodule.metric.better
+    measured = {f"{s}_{name}": finite(metrics.get(f"{s}/{name}")) for s in results.SPLITS}
+    result = measured | figures(run, cfg, time.monotonic() - started)
+    result |= {"metric": name, "better": better}
     if trainer.is_global_zero:
         report(result, cfg)
     return result
@@ -188,7 +190,7 @@ def summary(run: Run, cfg: DictConfig) -> str:
 
 
 def figures(run: Run, cfg: DictConfig, seconds: float) -> dict[str, Any]:
-    """What there is to know of a run beside its bpb."""
+    """What there is to know of a run besides its metric."""
     model, trainer = run.module.model, run.trainer
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     speeds = [c.tokens_per_second for c in callbacks if isinstance(c, Throughput)]
@@ -205,8 +207,8 @@ def figures(run: Run, cfg: DictConfig, seconds: float) -> dict[str, Any]:
 def report(result: dict[str, Any], cfg: DictConfig) -> None:
     """Write result.json, which the table of a sweep is made of, and print what counts."""
     write_text(Path(cfg.run_dir, "result.json"), json.dumps(result, indent=2) + "\n")
-    bpb = {name: result[name] for name in ("val_bpb", "test_bpb")}
-    measured = [f"{name} {bits:.4f}" for name, bits in bpb.items() if bits is not None]
+    names = [f"{split}_{result['metric']}" for split in results.SPLITS]
+    measured = [f"{name} {result[name]:.4f}" for name in names if result[name] is not None]
     measured += [f"{result['steps']:,} steps", f"{result['seconds']:.0f} s", cfg.run_dir]
     print("  ".join(measured))
 

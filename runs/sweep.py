@@ -20,9 +20,8 @@ import wandb
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
-from runs import gpus
+from runs import gpus, results
 from runs.folder import write_text
-from runs.results import names
 from runs.run import REFUSALS, build, root, train
 from runs.sweep_check import (
     check_devices,
@@ -136,8 +135,8 @@ def gpus_of(trainer: DictConfig) -> dict[int, str]:
 
 def score(result: Mapping[str, Any], objective: Any) -> float | list[float]:
     """The objectives' values; all are as bad as can be where one is missing or not finite."""
-    wanted = names(objective)
-    found = [result.get(name) for name in wanted]
+    wanted = results.names(objective)
+    found = [results.value(result, name) for name in wanted]
     values = [float(value) for value in found if value is not None and math.isfinite(value)]
     if len(values) < len(wanted):
         if "error" not in result:

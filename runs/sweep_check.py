@@ -10,7 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig
 
-from runs.results import check_objective, names
+from runs import results
 
 ONE_PROCESS = (
     "a job of a sweep is one process on one device: add trainer.devices=1 (hydra/launcher=joblib "
@@ -35,10 +35,11 @@ def check(config: DictConfig) -> None:
     Raises:
         ValueError: naming the value, the rule and the way out.
     """
-    check_objective(config.objective)
+    metric = results.metric_of(config.data)
+    results.check_objective(config.objective, metric.name)
     check_devices(config.trainer)
     if "direction" in config.hydra.sweeper:
-        check_search(config.hydra.sweeper, names(config.objective))
+        check_search(config.hydra.sweeper, results.names(config.objective), metric)
 
 
 def check_devices(trainer: DictConfig) -> None:
@@ -47,7 +48,7 @@ def check_devices(trainer: DictConfig) -> None:
         raise ValueError(f"trainer.devices={trainer.devices}: {ONE_PROCESS}")
 
 
-def check_search(sweeper: DictConfig, objectives: list[str]) -> None:
+def check_search(sweeper: DictConfig, objectives: list[str], metric: Any) -> None:
     """Refuse a search by Optuna that would die of its first job, or of its first failed one."""
     if is_torchelastic_launched():
         raise ValueError("under torchrun every rank would search by itself: sweep over a grid")
@@ -57,6 +58,7 @@ def check_search(sweeper: DictConfig, objectives: list[str]) -> None:
             f"hydra.sweeper.direction={directions} must have one direction for each name of "
             f"objective={objectives}"
         )
+    check_directions(directions, objectives, metric)
     if len(objectives) > 1 and "TPE" in sweeper.sampler._target_:
         raise ValueError(
             "the TPE sampler cannot go on after a failed job where there are several objectives: "
@@ -67,6 +69,17 @@ def check_search(sweeper: DictConfig, objectives: list[str]) -> None:
             f"hydra.sweeper.n_jobs={sweeper.n_jobs} must be at least 1; it is how many jobs run "
             "at once, hydra.launcher.n_jobs with the joblib launcher"
         )
+
+
+def check_directions(directions: list[str], objectives: list[str], metric: Any) -> None:
+    """Refuse a search for the worst value of the data's metric."""
+    wrong = "maximize" if metric.better == "lower" else "minimize"
+    for name, direction in zip(objectives, directions, strict=True):
+        if direction == wrong and name.endswith((f"_{metric.name}", f"_{results.METRIC}")):
+            raise ValueError(
+                f"hydra.sweeper.direction={direction} for objective={name}: a {metric.better} "
+                f"{metric.name} is better; set the other direction"
+            )
 
 
 def wants_processes(trainer: DictConfig) -> bool:

@@ -1,4 +1,4 @@
-"""What do bits per byte cost: a sweep's jobs against visible tokens, speed and parameters."""
+"""What a better metric costs: a sweep's jobs against visible tokens, speed and parameters."""
 
 import math
 from typing import Any
@@ -8,6 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
+
+from data.metrics import LABELS
+from runs import results
 
 Job = dict[str, Any]  # one row of sweep.csv
 COSTS = {  # column -> label of its axis; in this order from left to right
@@ -26,17 +29,34 @@ def finished(jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if not job["error"]]
 
 
+def by_metric(jobs: list[Job]) -> list[list[Job]]:
+    """The finished jobs, those that are judged by the same metric together."""
+    done = finished(jobs)
+    metrics = dict.fromkeys(job["metric"] for job in done)
+    return [[job for job in done if job["metric"] == metric] for metric in metrics]
+
+
+def measured(job: Job) -> float:
+    """The validation metric of a finished job."""
+    return results.value(job, "val_metric")
+
+
+def badness(job: Job) -> float:
+    """The validation metric, turned round where a higher one is better."""
+    return -measured(job) if job["better"] == "higher" else measured(job)
+
+
 def pareto_front(jobs: list[Job], cost: str) -> list[Job]:
-    """The jobs that no other beats in both, the cheapest first: a lower bpb, and a lower cost
-    (a higher one in `MORE_IS_BETTER`).
+    """The jobs of one metric that no other beats in both, the cheapest first: a better metric,
+    and a lower cost (a higher one in `MORE_IS_BETTER`).
     """
     sign = -1 if cost in MORE_IS_BETTER else 1
     known = [job for job in finished(jobs) if job[cost] is not None]
     front, best = [], math.inf
-    for job in sorted(known, key=lambda job: (sign * job[cost], job["val_bpb"])):
-        if job["val_bpb"] < best:
+    for job in sorted(known, key=lambda job: (sign * job[cost], badness(job))):
+        if badness(job) < best:
             front.append(job)
-            best = job["val_bpb"]
+            best = badness(job)
     return front
 
 
@@ -61,32 +81,34 @@ def labels(jobs: list[Job]) -> tuple[str, list[str]]:
 def draw(jobs: list[Job]) -> Figure:
     """A panel for each cost in which the jobs differ: a point a job, the Pareto front as steps.
 
-    Failed jobs are left out.
+    Failed jobs are left out, and so are jobs that are judged by another metric than the first.
     """
     legend, texts = labels(jobs)
-    points = [(job, text) for job, text in zip(jobs, texts, strict=True) if not job["error"]]
+    shown = by_metric(jobs)[0]
+    points = [(job, text) for job, text in zip(jobs, texts, strict=True) if job in shown]
     costs = [cost for cost in COSTS if len({job[cost] for job, _ in points} - {None}) > 1]
     costs = costs or ["visible_tokens"]
     figure = Figure(figsize=(0.8 + 4.6 * len(costs), 4.8), layout="constrained")
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, costs, strict=True):
         draw_panel(axes, cost, [job for job, _ in points if job[cost] is not None])
-    panels[0].set_ylabel("validation, bits per byte")
+    metric = shown[0]["metric"]
+    panels[0].set_ylabel(f"validation, {LABELS.get(metric, metric)}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", frameon=False)
     if legend:
         figure.suptitle(f"labels: {legend}", fontsize="medium")
     figure.draw_without_rendering()  # settles where everything is
     for axes, cost in zip(panels, costs, strict=True):
         known = [(job, text) for job, text in points if job[cost] is not None]
-        place_labels(axes, [(job[cost], job["val_bpb"], text) for job, text in known])
+        place_labels(axes, [(job[cost], measured(job), text) for job, text in known])
     return figure
 
 
 def draw_panel(axes: Axes, cost: str, jobs: list[Job]) -> None:
     """Points, front and axis of one cost."""
     front = pareto_front(jobs, cost)
-    leading = sorted((job[cost], job["val_bpb"]) for job in front)
-    behind = [(job[cost], job["val_bpb"]) for job in jobs if job not in front]
+    leading = sorted((job[cost], measured(job)) for job in front)
+    behind = [(job[cost], measured(job)) for job in jobs if job not in front]
     where = "pre" if cost in MORE_IS_BETTER else "post"
     if behind:
         axes.plot(*zip(*behind, strict=True), "o", color=BEHIND, markersize=6)

@@ -21,9 +21,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from runs import results
 from runs.folder import replacing, write_text
-from runs.results import COLUMNS, TEXT
-from runs.sweep_plot import Job, draw, finished, pareto_front, telling
+from runs.sweep_plot import Job, by_metric, draw, finished, pareto_front, telling
 
 SWEEPS = Path("outputs", "sweeps")
 
@@ -92,23 +92,32 @@ def read_job(record: Path, folder: Path) -> Job:
     result: Job = {"error": "no result: it is running, or was killed"}
     if (file := record / "result.json").exists():
         result = json.loads(file.read_text(encoding="utf-8"))
-    job = {column: result.get(column) for column in COLUMNS}
+        result = (results.UNNAMED if "val_bpb" in result else {}) | result
+    metrics = [result["metric"]] if "metric" in result else []
+    job: Job = {column: result.get(column) for column in results.columns(metrics)}
     overrides = OmegaConf.to_container(OmegaConf.load(record / ".hydra" / "overrides.yaml"))
     job |= {"job": str(record.relative_to(folder)), "overrides": overrides}
-    bpb = math.nan if job["val_bpb"] is None else job["val_bpb"]
-    if job["error"] is None and not math.isfinite(bpb):
-        job |= {"val_bpb": None, "error": "no finite val_bpb"}
+    value = results.value(job, "val_metric")
+    if job["error"] is None and (value is None or not math.isfinite(value)):
+        name = f"val_{job['metric']}"
+        job |= {name: None, "error": f"no finite {name}"}
     return job
+
+
+def columns(jobs: list[Job]) -> tuple[str, ...]:
+    """Of the table: those of every metric that the jobs have, of text where none has one."""
+    metrics = dict.fromkeys(job["metric"] for job in jobs if job["metric"])
+    return results.columns(metrics or [results.UNNAMED["metric"]])
 
 
 def as_csv(jobs: list[Job]) -> str:
     """One row a job; the overrides quoted as on a command line."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(columns(jobs))
     for job in jobs:
         flat = {**job, "overrides": shlex.join(job["overrides"])}
-        writer.writerow([flat[column] for column in COLUMNS])
+        writer.writerow([flat.get(column) for column in columns(jobs)])
     return buffer.getvalue()
 
 
@@ -122,31 +131,45 @@ def read_csv(folder: Path) -> list[Job]:
     path = folder / "sweep.csv"
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if missing := set(COLUMNS) - set(reader.fieldnames or ()):
-            raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
+        found = set(reader.fieldnames or ())
         rows = list(reader)
-    numbers = [column for column in COLUMNS if column not in TEXT]
-    jobs: list[Job] = [{c: float(row[c]) if row[c] else None for c in numbers} for row in rows]
-    for job, row in zip(jobs, rows, strict=True):
-        overrides = shlex.split(row["overrides"])
-        job.update(job=row["job"], overrides=overrides, error=row["error"] or None)
-    return jobs
+    metrics = [name.removeprefix("val_") for name in found if name.startswith("val_")]
+    needed = set(results.columns(metrics or [results.UNNAMED["metric"]])) - {*results.UNNAMED}
+    if missing := needed - found:
+        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}")
+    return [read_row(row) for row in rows]
+
+
+def read_row(row: dict[str, str]) -> Job:
+    """One line of a sweep.csv; what is empty, and no text, is None."""
+    numbers = [name for name in row if name not in results.TEXT]
+    job: Job = {name: float(row[name]) if row[name] else None for name in numbers}
+    job.update(job=row["job"], overrides=shlex.split(row["overrides"]), error=row["error"] or None)
+    named = {name: row.get(name) or None for name in results.UNNAMED}
+    if "better" not in row and not job["error"]:
+        named = {**results.UNNAMED}
+    return job | named
 
 
 def markdown(jobs: list[Job]) -> str:
     """The jobs as a table, those on the Pareto front in bold."""
-    front = [job["job"] for job in pareto_front(jobs, "visible_tokens")]
-    columns = COLUMNS if any(job["error"] for job in jobs) else COLUMNS[:-1]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    front = [
+        job["job"] for group in by_metric(jobs) for job in pareto_front(group, "visible_tokens")
+    ]
+    hidden = {*results.UNNAMED} if any(job["error"] for job in jobs) else {*results.LAST}
+    shown = [column for column in columns(jobs) if column not in hidden]
+    lines = ["| " + " | ".join(shown) + " |", "|" + " --- |" * len(shown)]
     for job, overrides in zip(jobs, telling(jobs), strict=True):
         row = {**job, "overrides": ", ".join(overrides)}
-        cells = {column: cell(column, row[column]) for column in columns}
+        cells = {column: cell(column, row.get(column)) for column in shown}
+        value = f"val_{job['metric']}" if job["metric"] else shown[len(results.FIRST)]
         if job["error"]:
-            cells["val_bpb"] = "failed"
+            cells[value] = "failed"
         if job["job"] in front:
-            cells["val_bpb"] = f"**{cells['val_bpb']}**"
+            cells[value] = f"**{cells[value]}**"
         lines.append("| " + " | ".join(cells.values()) + " |")
-    note = "Bold: no other job has a lower val_bpb with as few visible tokens."
+    metrics = {f"{job['better']} val_{job['metric']}": None for job in jobs if job["metric"]}
+    note = f"Bold: no other job has a {' or a '.join(metrics)} with as few visible tokens."
     return "\n".join([*lines, "", note, ""])
 
 
@@ -155,7 +178,7 @@ def cell(column: str, value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value.replace("|", "\\|")
-    return f"{value:.4f}" if column.endswith("bpb") else f"{value:,.0f}"
+    return f"{value:,.0f}" if column in results.FIGURES else f"{value:.4f}"
 
 
 def newest_sweep(sweeps: Path = SWEEPS) -> Path:

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.guard import Guard
 from callbacks.step_checkpoint import StepCheckpoint
+from data.metrics import BITS_PER_BYTE
 from nsa.training.lightning_module import NSALightningModule
 from runs import checkpoints, strategies
 
@@ -38,6 +39,8 @@ STEPS, VOCAB, SEQ_LEN = 4, 7, 12
 
 class Rows(L.LightningDataModule):
     """Step k trains on the same rows however many ranks share them; so does validation."""
+
+    metric = BITS_PER_BYTE
 
     def __init__(self, batch: int) -> None:
         super().__init__()

@@ -78,6 +78,8 @@ def test_report(sweep):
         "tokens_per_second": "41000.5",
         "steps": "600",
         "seconds": "61.25",
+        "metric": "bpb",
+        "better": "lower",
         "error": "",
     }
     assert rows[3]["error"] == "n=32 | is too much" and rows[3]["steps"] == ""
@@ -173,6 +175,7 @@ def test_jobs_that_end_at_once_in_different_processes_are_all_in_the_table(tmp_p
 
 def row(number: int, bpb: float, visible: float, speed: float | None, params: int) -> Any:
     row = {"job": str(number), "val_bpb": bpb, "visible_tokens": visible, "num_params": params}
+    row |= {"metric": "bpb", "better": "lower"}
     return row | {"overrides": [f"a.n={number}"], "tokens_per_second": speed, "error": None}
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa.training import parallel
-from nsa.training.lightning_module import total_nats
+from nsa.training.lightning_module import label_sums
 from nsa.transformer import Transformer
 from runs import strategies
 
@@ -61,7 +61,7 @@ class Trace:
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
             torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor),
         ):
-            nats, _ = total_nats(model, Counting.sequences(0, 1))
+            nats = label_sums(model, Counting.sequences(0, 1)).nats
         with Executed() as backward:
             nats.backward()
         self.forward, self.backward = forward.counts, backward.counts

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 import train
 from nsa.config import NSAConfig
 from runs import gpus, sweep, sweep_check
-from runs.results import OBJECTIVES
+from runs.results import FIGURES
 from runs.sweep_plot import pareto_front
 from runs.sweep_report import read_csv
 
@@ -37,6 +37,7 @@ OF_OPTUNA = (  # 2.10.1 itself, under SQLAlchemy 2.1
     "ignore:.*declarative_base.* function is now available",
 )
 RESULT = {"val_bpb": 2.5, "test_bpb": 2.75, "visible_tokens": 96.0, "num_params": 900}
+RESULT |= {"metric": "bpb", "better": "lower"}
 RESULT |= {"tokens_per_second": 41.5, "steps": 3, "seconds": 1.25}
 
 
@@ -57,7 +58,7 @@ def no_job_stays_behind() -> Any:
 # What the sweeper is told
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ["val_bpb", "test_bpb", *FIGURES])
 def test_the_objective_is_what_result_json_holds_of_that_name(name: str) -> None:
     composed()
     assert sweep.score(RESULT, name) == sweep.score(RESULT, [name]) == RESULT[name]
@@ -91,6 +92,7 @@ def test_the_worst_is_on_the_bad_side_of_each_direction() -> None:
         (["trainer.devices=-1"], r"trainer\.devices=-1"),
         (["trainer.num_nodes=2"], "torchrun"),
         (["hparams_search=sparsity", "objective=val_bpb"], "one direction for each name"),
+        ([*OPTUNA, "hydra.sweeper.direction=maximize"], "a lower bpb is better"),
         ([*OPTUNA, "objective=[val_bpb,steps]", BOTH], "the TPE sampler cannot go on"),
         (["hparams_search=sparsity", "hydra/launcher=joblib"], r"n_jobs=-1 must be at least 1"),
     ],

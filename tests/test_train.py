@@ -19,20 +19,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
+from data.metrics import ACCURACY, BITS_PER_BYTE
 from nsa.training.lightning_module import (
     NSALightningModule,
     adamw,
     build_schedule,
     cosine,
+    label_sums,
     micro_batch_seed,
     parameter_groups,
     seed_generators,
-    total_nats,
     wsd,
 )
 from nsa.transformer import Transformer
 from runs import run
-from runs.results import OBJECTIVES
+from runs.results import FIGURES
 
 pytestmark = [  # of Lightning 2.6.6 itself, under PyTorch 2.13
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
@@ -89,6 +90,8 @@ class Later(Sampler[int]):
 class Counting(L.LightningDataModule):
     """Sequences that count up modulo V; sample k starts at k, so that a step's data are known."""
 
+    metric = BITS_PER_BYTE
+
     def __init__(self, micro_batch_size: int = 4, val_sizes: tuple[int, ...] = (3, 1)) -> None:
         super().__init__()
         self.micro_batch_size, self.val_sizes = micro_batch_size, val_sizes
@@ -143,7 +146,7 @@ def test_labels_of_minus_one_are_not_scored() -> None:
     model = make_module().model
     tokens = Counting.sequences(0, 2)
     tokens[1, 4:] = -1
-    nats, count = total_nats(model, tokens)
+    nats, count, _ = label_sums(model, tokens)
     logits = model(tokens[:, :-1].clamp(min=0)).log_softmax(dim=-1)
     scored = [(b, t) for b in range(2) for t in range(SEQ_LEN) if tokens[b, t + 1] >= 0]
     by_hand = -sum(logits[b, t, tokens[b, t + 1]] for b, t in scored)
@@ -151,19 +154,58 @@ def test_labels_of_minus_one_are_not_scored() -> None:
     torch.testing.assert_close(nats, by_hand)
 
 
+def test_scored_labels_may_stand_anywhere_and_the_input_stays_whole() -> None:
+    model = make_module().model
+    tokens = Counting.sequences(0, 2)
+    scored = torch.zeros(2, SEQ_LEN, dtype=torch.bool)
+    scored[0, 3] = scored[1, 0] = scored[1, 7] = True
+    nats, count, correct = label_sums(model, tokens, scored, counts_correct=True)
+    logits = model(tokens[:, :-1])
+    places = scored.nonzero().tolist()
+    by_hand = -sum(logits.log_softmax(-1)[b, t, tokens[b, t + 1]] for b, t in places)
+    torch.testing.assert_close(nats, by_hand)
+    assert count == 3
+    assert correct == sum(int(logits[b, t].argmax() == tokens[b, t + 1]) for b, t in places)
+
+
+class Judged(Counting):
+    """Every third label is scored, and the model is judged by how many it finds."""
+
+    metric = ACCURACY
+
+    def split(self) -> list[dict[str, Tensor]]:
+        batches = [self.sequences(i, size) for i, size in enumerate(self.val_sizes)]
+        scored = (torch.arange(SEQ_LEN) % 3 == 0).expand(len(batches[0]), -1)
+        return [{"tokens": t, "scored": scored[: len(t)]} for t in batches]
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.split(), batch_size=None)
+
+
+def test_the_data_name_the_metric(tmp_path: Path) -> None:
+    module, data = make_module(), Judged()
+    logged = fitted(tmp_path, data, module).callback_metrics
+    assert not any("bpb" in name for name in logged)
+    assert 0 <= logged["train/accuracy"] <= 1
+    model = module.model.eval()
+    sums = [label_sums(model, **batch, counts_correct=True) for batch in data.split()]
+    share = sum(s.correct.item() for s in sums) / sum(s.labels.item() for s in sums)
+    assert logged["val/accuracy"] == pytest.approx(share)
+
+
 def test_the_loss_is_float32_whatever_the_logits_are() -> None:
     def model(ids: Tensor) -> Tensor:
         return F.one_hot(ids, VOCAB).bfloat16()
 
-    assert total_nats(model, Counting.sequences(0, 1))[0].dtype == torch.float32
+    assert label_sums(model, Counting.sequences(0, 1)).nats.dtype == torch.float32
 
 
 def test_validation_is_the_exact_mean_over_scored_tokens(tmp_path: Path) -> None:
     data, module = Counting(), make_module()
     trainer = make_trainer(tmp_path)
     logged = trainer.validate(module, datamodule=data, verbose=False)[0]
-    sums = [total_nats(module.model.eval(), tokens) for tokens in data.split()]
-    loss = sum(nats.item() for nats, _ in sums) / sum(count.item() for _, count in sums)
+    sums = [label_sums(module.model.eval(), tokens) for tokens in data.split()]
+    loss = sum(nats.item() for nats, _, _ in sums) / sum(count.item() for _, count, _ in sums)
     assert logged["val/loss"] == pytest.approx(loss, rel=1e-6)
     assert logged["val/bpb"] == pytest.approx(loss / math.log(2) / BYTES_PER_TOKEN, rel=1e-6)
 
@@ -411,7 +453,7 @@ def test_a_sweep_trains_every_job_it_can_and_leaves_a_table(folder: Path) -> Non
     assert (outputs / "sweep.md").is_file() and (outputs / "sweep.png").is_file()
     for line in ("parameters", "tokens per step", "visible tokens", "backend  reference"):
         assert line in done.stdout
-    assert set(OBJECTIVES) == {name for name in results[0] if name != "overrides"}
+    assert set(results[0]) == {"val_bpb", "test_bpb", *FIGURES, "overrides", "metric", "better"}
     command = (outputs / "1" / "command.txt").read_text()  # of this job alone
     assert "train.py trainer=cpu" in command and "attention.num_selected_blocks=2 " in command
     refused = json.loads((outputs / "2" / "result.json").read_text())
@@ -471,7 +513,8 @@ def test_validation_counts_optimizer_steps_and_the_test_can_be_left_out(folder: 
 def test_settings_nothing_else_would_notice_are_refused(change: dict, message: str) -> None:
     batch = {"sequences_per_step": 1, "micro_batch_size": 1}
     good = {"batch": batch, "val_every_n_steps": 1, "model": {"vocab_size": 256}}
-    good |= {"data": {"vocab_size": 256}, "compile": False, "objective": "val_bpb"}
+    data = {"_target_": "data.datamodule.TextDataModule", "vocab_size": 256}
+    good |= {"data": data, "compile": False, "objective": "val_bpb"}
     run.check_settings(good)
     bad = good | {k: good[k] | v if isinstance(v, dict) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):

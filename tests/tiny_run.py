@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from data.metrics import BITS_PER_BYTE
+
 OF_LIGHTNING = [  # warnings of Lightning 2.6.6 itself, or of what these runs do on purpose
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
@@ -101,6 +103,8 @@ class Windows(Dataset):
 
 class TinyData(L.LightningDataModule):
     """Goes on at the trainer's step, as the project's datamodules do."""
+
+    metric = BITS_PER_BYTE
 
     def train_dataloader(self) -> DataLoader:
         trainer: Any = self.trainer

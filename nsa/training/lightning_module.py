@@ -8,13 +8,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, Num
+from jaxtyping import Bool, Int, Num
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -25,15 +25,17 @@ from nsa.training import cuda_graphs, parallel
 from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
 from nsa.transformer import Transformer
 
-NOT_SCORED = -1  # the label that fills up the last window of a split
+NOT_SCORED = -1  # a label
 
 
 class NSALightningModule(L.LightningModule):
     """Next-token training of a `Transformer`.
 
-    A batch is `{"tokens": [B, T+1]}`: inputs are all but the last token, labels all but the first,
-    and the label −1 is not scored. Logged: `train/loss`, `val/loss`, `test/loss` in nats a token,
-    the same as `…/bpb` in bits a byte, `optim/lr` and `optim/grad_norm` (before clipping).
+    A batch is `{"tokens": [B, T+1]}`: inputs are all but the last token, labels all but the first.
+    A label of −1, which pads the end of a window, is not scored. `{"scored": bool [B, T]}` in the
+    batch says which of the others are; without it, all. Logged: `train/loss`, `val/loss` and
+    `test/loss` in nats a scored label, and beside each the datamodule's `metric` under its name;
+    `optim/lr` and `optim/grad_norm` (before clipping).
 
     A step whose loss on any rank, or whose gradient, is not finite updates nothing; it counts as
     done. `step_losses` [A], of this rank's micro-batches, and `grad_norm` [], of all ranks, are the
@@ -75,8 +77,9 @@ class NSALightningModule(L.LightningModule):
         self.model = Transformer(**{key: model[key] for key in model if key != "name"})
         self.step_losses = self.grad_norm = torch.zeros(0)
         self._micro_losses: list[Tensor] = []  # since the last optimizer step
-        self._split_losses: list[Tensor] = []  # (Σ nats, tokens) of each batch of an evaluation
-        self.evaluated_step: int | None = None  # the step that val/bpb was last measured at
+        self._micro_correct: list[Tensor] = []  # shares, where the metric asks for them
+        self._split_sums: list[Tensor] = []  # the `LabelSums` of each batch of an evaluation
+        self.evaluated_step: int | None = None  # the step of the last whole validation
 
     def configure_model(self) -> None:
         """Parameters keep their names; called again for evaluation, it finds all of it done."""
@@ -91,14 +94,19 @@ class NSALightningModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         seed_generators(micro_batch_seed(self.seed, self.global_rank, batch_idx))
-        nats, count = self._total_nats(batch)
-        loss = nats / count
+        sums = self._label_sums(batch)
+        loss = sums.nats / sums.labels
         self._micro_losses.append(loss.detach())
+        if sums.correct is not None:
+            self._micro_correct.append(sums.correct / sums.labels)
         return breaking_its_gradient(loss)
 
-    def _total_nats(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _label_sums(self, batch: dict[str, Tensor]) -> "LabelSums":
+        asked = self.metric.counts_correct
         with cuda_graphs.forward_pass() if self._replays_graphs else nullcontext():
-            return total_nats(self.model, batch["tokens"])
+            return label_sums(
+                self.model, batch["tokens"], batch.get("scored"), counts_correct=asked
+            )
 
     def optimizer_zero_grad(
         self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
@@ -110,12 +118,17 @@ class NSALightningModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.step_losses, self._micro_losses = torch.stack(self._micro_losses), []
+        shares, self._micro_correct = self._micro_correct, []
         if not self._logs_this_step:
             return
-        loss = self.trainer.strategy.reduce(self.step_losses.mean(), reduce_op="mean")
+        loss = self._mean_of_ranks(self.step_losses)
+        correct = self._mean_of_ranks(torch.stack(shares)) if shares else None
         self.log("train/loss", loss)
-        self.log("train/bpb", self._bits_per_byte(loss, "train"))
+        self._log_metric("train", loss, correct)
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
+
+    def _mean_of_ranks(self, of_micro_batches: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(of_micro_batches.mean(), reduce_op="mean")
 
     def configure_gradient_clipping(
         self,
@@ -189,13 +202,17 @@ class NSALightningModule(L.LightningModule):
             unfinished = part["ready"] - part["completed"]
             part.update(ready=done, started=done, processed=done, completed=done - unfinished)
 
-    # Evaluation: exact means over every scored token of a split, over all ranks
+    # Evaluation: exact means over every scored label of a split, over all ranks
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._split_losses.append(torch.stack(self._total_nats(batch)))
+        self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._split_losses.append(torch.stack(self._total_nats(batch)))
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+        sums = self._label_sums(batch)
+        self._split_sums.append(torch.stack([part for part in sums if part is not None]))
 
     def on_validation_epoch_end(self) -> None:
         self._log_split("val")
@@ -206,19 +223,32 @@ class NSALightningModule(L.LightningModule):
         self._log_split("test")
 
     def _log_split(self, split: str) -> None:
-        batches, self._split_losses = self._split_losses, []
-        total = torch.zeros(2, dtype=torch.float64)
+        batches, self._split_sums = self._split_sums, []
+        total = torch.zeros(3 if self.metric.counts_correct else 2, dtype=torch.float64)
         if batches:
             total += torch.stack(batches).cpu().double().sum(dim=0)
         if self.trainer.world_size > 1:
             total = self.trainer.strategy.reduce(total.to(self.device), reduce_op="sum")
-        loss = total[0] / total[1]
+        sums = LabelSums(*total)
+        loss = sums.nats / sums.labels
+        correct = None if sums.correct is None else sums.correct / sums.labels
         self.log(f"{split}/loss", loss.float(), sync_dist=True)
-        self.log(f"{split}/bpb", self._bits_per_byte(loss, split).float(), sync_dist=True)
+        self._log_metric(split, loss, correct, sync_dist=True)
 
-    def _bits_per_byte(self, nats_per_token: Tensor, split: str) -> Tensor:
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return nats_per_token / (math.log(2) * datamodule.bytes_per_token(split))
+    def _log_metric(self, split: str, nats: Tensor, correct: Tensor | None, **how: Any) -> None:
+        """Log the data's metric, of means over scored labels."""
+        bytes_per_label = self._datamodule.bytes_per_token(split)
+        value = self.metric.of(nats, correct, bytes_per_label)
+        self.log(f"{split}/{self.metric.name}", value.float(), **how)
+
+    @property
+    def metric(self) -> Any:
+        """What the data are judged by, a `data.metrics.Metric`."""
+        return self._datamodule.metric
+
+    @property
+    def _datamodule(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @property
     def compile_mode(self) -> bool | str:
@@ -241,16 +271,34 @@ def is_distributed(trainer: L.Trainer) -> bool:
     return not isinstance(trainer.strategy, SingleDeviceStrategy)
 
 
-def total_nats(
-    model: Callable[[Tensor], Tensor], tokens: Int[Tensor, "B T1"]
-) -> tuple[Num[Tensor, ""], Num[Tensor, ""]]:
-    """The summed cross-entropy of the scored labels, in float32, and how many there are."""
+class LabelSums(NamedTuple):
+    """Sums over the scored labels of one batch, or of many."""
+
+    nats: Num[Tensor, ""]  # cross-entropy, in float32
+    labels: Num[Tensor, ""]  # how many are scored
+    correct: Num[Tensor, ""] | None = None  # how many the model finds most likely, where counted
+
+
+def label_sums(
+    model: Callable[[Tensor], Tensor],
+    tokens: Int[Tensor, "B T1"],
+    scored: Bool[Tensor, "B T"] | None = None,
+    *,
+    counts_correct: bool = False,
+) -> LabelSums:
+    """What a model scores on the labels of a batch that are `scored` (None: all) and not −1.
+
+    The input is `tokens` also where a label is not scored; −1 may stand at the end of a row only.
+    """
     labels = tokens[:, 1:]
+    if scored is not None:
+        labels = labels.masked_fill(~scored, NOT_SCORED)
     logits = model(tokens[:, :-1].clamp(min=0))
     nats = F.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=NOT_SCORED, reduction="sum"
     )
-    return nats, (labels != NOT_SCORED).sum()
+    correct = (logits.argmax(dim=-1) == labels).sum() if counts_correct else None
+    return LabelSums(nats, (labels != NOT_SCORED).sum(), correct)
 
 
 def seed_generators(seed: int) -> None:
