@@ -1,0 +1,1 @@
+"""What an exported model carries along so that transformers can load it."""
