@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 STACK = {"lightning", "hydra", "omegaconf", "wandb", "datasets", "transformers", "tokenizers"}
 FLOORS = (  # from the roof down: a module imports lower floors and its own package
     ("benchmarks",),
-    ("train", "generate"),
+    ("train", "generate", "export"),
     ("runs",),
     ("callbacks", "data", "nsa.training"),
     ("nsa",),
