@@ -132,7 +132,11 @@ def selected_tokens(
 def keys_per_query(
     num_tokens: int, cfg: NSAConfig, device: Device = None
 ) -> dict[str, Int[Tensor, " T"]]:
-    """How many keys of each branch every query reads (the terms of eq. 6), memory keys aside."""
+    """How many keys of each branch every query reads (the terms of eq. 6), memory keys aside.
+
+    If not causal, scores decide who keeps the short last block. Its missing tokens are left out
+    only for queries that keep it whatever the scores; for the others the count is a bound.
+    """
     t = torch.arange(num_tokens, device=device)
     block, last_token = cfg.selection_block_size, num_tokens - 1
     horizon = t if cfg.causal else torch.full_like(t, last_token)  # the last token a query sees
@@ -140,7 +144,8 @@ def keys_per_query(
         cfg.compress_block_sliding_stride, rounding_mode="floor"
     )
     kept = (horizon // block + 1).clamp(max=cfg.num_selected_blocks)
-    cut = block - 1 - horizon % block  # what the last block lacks, for the queries that keep it
+    keeps_last = (t // block == horizon // block) | (kept == horizon // block + 1)
+    cut = (block - 1 - horizon % block) * keeps_last  # what the last visible block lacks
     return {
         "compressed": (whole + 1).clamp(min=0),
         "selected": (kept * block - cut).clamp(min=0) if cfg.num_selected_blocks else kept,

@@ -11,7 +11,8 @@ float dtype will do. Other backends are judged by these functions, never the oth
     the gated sum of the branches   eq. 5      combine
 
 Letters: B batch, T tokens, K keys, H query heads, G key/value heads, R = H/G query heads a group,
-D head dimension (Dv of values), C compressed blocks, S selection blocks, N selected blocks.
+D head dimension (Dv of values), C compressed blocks, S selection blocks, N selected blocks, J index
+heads: G, or H where every query head selects for itself.
 Memory keys, Nm of them, stand before the compressed ones. Scores are kept as [B G R T K].
 Softmax and importance are computed in float32 or better, whatever the inputs.
 """
@@ -122,8 +123,9 @@ def select_blocks(
 ) -> Int[Tensor, "B T J N"]:
     """The n blocks each query keeps (eq. 11), int32: ascending, distinct, -1 in empty slots.
 
-    Forced blocks first (`blocks.priority`), then by importance; on a tie the lower block. Always
-    n = cfg.num_selected_blocks wide. Not differentiable.
+    Forced blocks first (`blocks.priority`), then by importance, and the lower block of two whose
+    computed importances are equal. Importances that are equal on paper may differ by the rounding
+    of their sums. Always n = cfg.num_selected_blocks wide. Not differentiable.
     """
     return top_blocks(block_importance(q, k_cmp, lse, cfg, shared), cfg)
 

@@ -11,13 +11,13 @@ import torch
 from benchmarks import (
     attention,
     check_kernels,
-    kernel_times,
     measure,
     plots,
     train_step,
     workers,
     workloads,
 )
+from benchmarks.probes import kernel_times
 from nsa.config import NSAConfig
 
 CPU = torch.device("cpu")

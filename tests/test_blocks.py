@@ -92,6 +92,13 @@ def test_visibility(num_tokens: int, causal: bool) -> None:
     assert torch.equal(blocks.causal(num_tokens), torch.ones(num_tokens, num_tokens).tril().bool())
 
 
+def test_only_queries_that_keep_the_short_last_block_lack_its_tokens() -> None:
+    cfg = config(4, 1, 9, num_selected_blocks=1, causal=False)
+    assert blocks.keys_per_query(15, cfg)["selected"].tolist() == [9] * 9 + [6] * 6
+    every = config(4, 1, 9, num_selected_blocks=2, causal=False)
+    assert blocks.keys_per_query(15, every)["selected"].tolist() == [15] * 15
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("initial", "local"), [(1, 2), (0, 1), (2, 3)])
 def test_priority(initial: int, local: int, causal: bool) -> None:

@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import host_overhead, memory
-from benchmarks.host_overhead import NARROW, Counts
+from benchmarks.probes import host_overhead, memory
+from benchmarks.probes.host_overhead import NARROW, Counts
 from benchmarks.workloads import LAYOUTS
 
 

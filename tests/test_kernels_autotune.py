@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from benchmarks import survey, tune
+from benchmarks.probes import survey, tune
 from nsa import kernels
 from nsa.config import NSAConfig
 from nsa.kernels import autotune, tile_sizes
@@ -129,7 +129,7 @@ def test_a_tile_that_does_not_fit_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
     assert fastest(problem(), launch) == LARGE
 
 
-# ---- benchmarks.tune ------------------------------------------------------------
+# ---- benchmarks.probes.tune ------------------------------------------------------------
 
 
 def test_a_candidate_is_timed_only_if_it_fits_and_is_right(monkeypatch) -> None:
@@ -151,7 +151,7 @@ def test_a_candidate_is_timed_only_if_it_fits_and_is_right(monkeypatch) -> None:
 
 REHEARSAL = """
 import sys
-from benchmarks import tune
+from benchmarks.probes import tune
 from benchmarks.workers import Assignment
 told = Assignment("all", stop=2e9, date="2026", command="")
 for op, rows in (["attend_fwd"], 9), (["attend_fwd", "orders"], 11):

@@ -31,7 +31,7 @@ CFG = NSAConfig(
 def test_kernels_compile(target, tmp_path):
     """In a process without the interpreter: an interpreted function can't be compiled."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile_kernels", *target.split()]
+    command = [sys.executable, "-m", "benchmarks.probes.compile_kernels", *target.split()]
     run = subprocess.run(
         command, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
     )

@@ -1,12 +1,19 @@
 """Kernels at real sizes in bfloat16, float16 and float32, on a GPU."""
 
+import os
 import time
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from benchmarks.check_kernels import CHECKS, run_alone
+
+
+def test_unmarked_tests_see_no_gpu():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and os.environ["TRITON_INTERPRET"] == "1"
+    assert not torch.cuda.is_available()
 
 
 @pytest.mark.gpu

@@ -124,8 +124,8 @@ def test_a_long_block_is_split():
 
 
 def test_the_table_takes_tiles_for_short_sequences():
-    assert selected.prefers_tiles(1024, 4, 64, config(16, 8))
-    assert not selected.prefers_tiles(65536, 4, 64, config(64, 16))
+    assert selected.prefers_tiles(1024, config(16, 8))
+    assert not selected.prefers_tiles(65536, config(64, 16))
 
 
 def test_heads_wider_than_256_are_refused():
@@ -135,13 +135,11 @@ def test_heads_wider_than_256_are_refused():
         kernels.selected_attention(q, k, v, indices, config(16, 1))
 
 
-def test_the_first_row_that_holds_is_taken(monkeypatch):
-    rows = selected.TileReach(9, group=2), selected.TileReach(6, width=64), selected.TileReach(3)
-    monkeypatch.setattr(selected, "TILE_REACH", rows)
-    for group, width, times in ((2, 128, 9), (4, 64, 6), (4, 128, 3)):
-        for tokens in (times * 1024, times * 1024 + 1):
-            prefers = selected.prefers_tiles(tokens, group, width, config(64, 16))
-            assert prefers == (tokens == times * 1024)
+@pytest.mark.parametrize(("length", "times_kept"), [(64, 4), (32, 4), (16, 16)])
+def test_short_blocks_prefer_tiles_for_longer(length, times_kept):
+    cfg = config(length, 64)
+    last = times_kept * 64 * length
+    assert selected.prefers_tiles(last, cfg) and not selected.prefers_tiles(last + 1, cfg)
 
 
 CHUNKS = {  # partial bytes: heads of a chunk, tokens of it, chunks

@@ -1,7 +1,7 @@
 """How a launcher becomes an op of PyTorch: opaque to torch.compile, and cheap for the host.
 
 These do what their namesakes in `torch.library` do, for arguments without defaults, at about half
-of the host's time a call: `benchmarks.host_overhead` counts it.
+of the host's time a call: `benchmarks.probes.host_overhead` counts it.
 """
 
 from collections.abc import Callable

@@ -227,7 +227,8 @@ def select_blocks(
 ) -> Int[Tensor, "B T J N"]:
     """The n blocks each query keeps, int32: ascending, distinct, -1 in empty slots.
 
-    Forced blocks first, then by importance; on a tie the lower block. Not differentiable.
+    Forced blocks first, then by importance, and the lower block of two whose computed importances
+    are equal; rounding may tell apart what is equal on paper. Not differentiable.
     """
     q, k_cmp = operands(q.detach(), k_cmp.detach())
     return select_blocks_op(

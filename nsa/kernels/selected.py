@@ -7,8 +7,6 @@ The block order: each selection block is loaded once and meets the queries that 
 Best where a query keeps little of what it sees.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,26 +17,11 @@ from nsa.kernels.primitives import cdiv, operands, padded
 from nsa.kernels.tile_order.membership import membership
 from nsa.kernels.tile_order.op import attend_tiles
 
-
-class TileReach(NamedTuple):
-    """Up to how many tokens tiles are taken, in multiples of those that a query keeps; where."""
-
-    times_kept: int
-    group: int = 2**31  # query heads that share a list, at most
-    width: int = 2**31  # padded head dimension, at most
-    length: int = 2**31  # tokens of a block, at most
-
-    def holds(self, group: int, width: int, length: int) -> bool:
-        return group <= self.group and width <= self.width and length <= self.length
-
-
-# The first row that holds. As measured on an H100 (README.md); blocks of few tokens are poor tiles
-# of their own, so they give up later.
-TILE_REACH = (
-    TileReach(16, length=31),
-    TileReach(4),
-)
-
+# Up to how many tokens the tile order is taken, in multiples of those that a query keeps. Measured
+# on an H100 (README.md). Short blocks are poor tiles of their own, so theirs reaches further.
+TILE_REACH = 4
+TILE_REACH_OF_SHORT_BLOCKS = 16
+SHORT_BLOCK = 31  # tokens, at most
 
 WIDEST_DENSE = 128  # padded head dimension up to which dense blocks pay (README.md)
 
@@ -74,10 +57,9 @@ def in_order(
 ) -> tuple[bool, Tensor, int]:
     """Whether to pass over tiles; the indices, and the length of a block, that the order takes."""
     indices, length = block_indices.int().contiguous(), cfg.selection_block_size
-    group, width = q.shape[2] // indices.shape[2], width_of(q, v)
-    if indices.shape[-1] == 0 or (not gated and prefers_tiles(q.shape[1], group, width, cfg)):
+    if indices.shape[-1] == 0 or (not gated and prefers_tiles(q.shape[1], cfg)):
         return True, indices, length
-    longest = longest_block(q.dtype, width)
+    longest = longest_block(q.dtype, width_of(q, v))
     return False, *split_blocks(indices, length, longest, q.shape[1])
 
 
@@ -98,14 +80,11 @@ def num_words_of(k: Tensor, length: int) -> int:
     return cdiv(cdiv(k.shape[1], length), 32)
 
 
-def prefers_tiles(num_tokens: int, group: int, width: int, cfg: NSAConfig) -> bool:
-    """Whether a tile's queries keep so much of what they see that passing over all of it is best.
-
-    group is the number of query heads that share a list, width the padded head dimension.
-    """
+def prefers_tiles(num_tokens: int, cfg: NSAConfig) -> bool:
+    """Whether a tile's queries keep so much of what they see that passing over all is best."""
     kept, length = cfg.num_selected_blocks * cfg.selection_block_size, cfg.selection_block_size
-    reach = next(row for row in TILE_REACH if row.holds(group, width, length))
-    return num_tokens <= max(2048, reach.times_kept * kept)
+    reach = TILE_REACH_OF_SHORT_BLOCKS if length <= SHORT_BLOCK else TILE_REACH
+    return num_tokens <= max(2048, reach * kept)
 
 
 def selected_attention(

@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 
 # The first row that holds. 16-bit inputs; the fastest on an H100 at 8k and 64k tokens, paper sizes,
-# as `python -m benchmarks.tune` measured them (README.md has the figures).
+# as `python -m benchmarks.probes.tune` measured them (docs/kernel_log.md).
 TILES = {
     "attend_fwd": (
         Row(Tile(64, 128, 4, 3), width=64, rule="bits"),
@@ -150,7 +150,7 @@ def tiles(rows: tuple[int, ...], keys: tuple[int, ...], *programs: tuple[int, in
     return [Tile(r, k, w, s) for r in rows for k in keys for w, s in programs]
 
 
-# What is worth timing, for inputs of 16 bits: what compiles without heavy spills (README.md).
+# What is worth timing, for 16-bit inputs: what compiles without heavy spills (docs/kernel_log.md).
 CANDIDATES = {
     "attend_fwd": [
         *tiles((64,), (32, 64, 128), (4, 2), (4, 3)),

@@ -1,6 +1,6 @@
-"""What each kernel of the whole op takes on this GPU: `python -m benchmarks.kernel_times`.
+"""What each kernel of the whole op takes on this GPU: `python -m benchmarks.probes.kernel_times`.
 
-    python -m benchmarks.kernel_times --heads 64/4 --tokens 65536 8192
+    python -m benchmarks.probes.kernel_times --heads 64/4 --tokens 65536 8192
 
 As PyTorch's profiler sees them, forward and backward apart, kernels of one name together. Unlike
 `benchmarks.attention` it counts no time between kernels, and checks nothing.
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[65536])
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("no GPU here: benchmarks.compile_kernels says what kernels cost without one")
+        parser.error("no GPU here: benchmarks.probes.compile_kernels needs none")
     where = measure.environment(torch.device("cuda"), date=measure.now(), command="")
     print(where["device"], where["torch"], where["triton"], measure.sizes_of(PAPER), flush=True)
     for name in options.heads:

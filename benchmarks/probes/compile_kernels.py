@@ -1,6 +1,6 @@
 """Compile every kernel for a GPU that need not be here, and say what each one costs.
 
-    python -m benchmarks.compile_kernels --arch 90 --heads 64/4 --dim 128 [--candidates]
+    python -m benchmarks.probes.compile_kernels --arch 90 --heads 64/4 --dim 128 [--candidates]
 
 Launchers run on CPU tensors with the launch replaced by a compilation, so what is compiled is what
 would be launched, tile table and all; with --candidates also every other tile worth timing.

@@ -1,10 +1,10 @@
-"""Which tile is the fastest of each kernel, by heads and length: `python -m benchmarks.tune`.
+"""Which tile of each kernel is the fastest, by heads and length.
 
-    python -m benchmarks.tune --folder tuning --minutes 8      # on a GPU
-    TRITON_INTERPRET=1 python -m benchmarks.tune --folder /tmp/t --device cpu     # a rehearsal
+    python -m benchmarks.probes.tune --folder tuning --minutes 8      # on a GPU
+    TRITON_INTERPRET=1 python -m benchmarks.probes.tune --folder /tmp/t --device cpu  # rehearse
 
 Candidates (`nsa.kernels.tile_sizes`) are compiled ahead by many processes, then compared and timed
-by one (`benchmarks.survey`), the most valuable first; one that breaks the GPU costs its own job.
+by one (survey.py), the most valuable first; one that breaks the GPU costs its own job.
 Every candidate is a row of tune.csv in the folder. Another run in the same folder goes on where
 this one stopped; to repeat a job, delete its rows. The table printed at the end says what belongs
 into `tile_sizes.TILES`.
@@ -25,13 +25,13 @@ import torch
 
 from benchmarks import measure, workers
 from benchmarks.plots import crossover
-from benchmarks.survey import KINDS, clock_milliseconds, survey
+from benchmarks.probes.survey import KINDS, clock_milliseconds, survey
 from benchmarks.workers import MARK, Assignment, Unavailable
 from benchmarks.workloads import LAYOUTS, PAPER, Layout, Workload
 from nsa.config import NSAConfig
 from nsa.kernels.autotune import milliseconds
 
-MODULE = "benchmarks.tune"
+MODULE = "benchmarks.probes.tune"
 TOKENS = (65536, 8192, 32768, 16384, 4096, 2048, 1024)
 TELLING = 2  # so many of the lengths come first, for all kernels
 AHEAD = (1024,)  # lengths at which kernels are compiled ahead

@@ -1,6 +1,6 @@
 """What the host spends on one layer of sparse attention: time, ops and launches, without a GPU.
 
-    python -m benchmarks.host_overhead
+    python -m benchmarks.probes.host_overhead
 
 Where sequences are short, a GPU waits for the host. Here kernels are bound to their arguments, as
 for a launch on an H100, and then not run; all else runs on the CPU. Ops are counted at the sizes of

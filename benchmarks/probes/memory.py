@@ -1,6 +1,6 @@
 """The peak memory of the whole op, forward and backward, predicted without a GPU.
 
-    python -m benchmarks.memory --heads 64/4 --tokens 65536
+    python -m benchmarks.probes.memory --heads 64/4 --tokens 65536
 
 Launchers run on CPU tensors of a sixteenth of the tokens and launch nothing; the bound on partial
 results is a sixteenth too, so every allocation is a sixteenth of what it would be. PyTorch's
@@ -18,8 +18,8 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.host_overhead import no_gpu
 from benchmarks.judge import loop_order
+from benchmarks.probes.host_overhead import no_gpu
 from benchmarks.workloads import LAYOUTS, Layout, Workload, nsa
 from nsa.kernels.block_order import lists
 
