@@ -98,3 +98,11 @@ def test_every_file_a_page_names_exists(page: str) -> None:
         first, slash, _ = quoted.partition("/")
         if slash and first in top - {"data"} and not re.search(r"[=<>*…]", quoted):
             assert (ROOT / quoted).exists(), f"{page} names {quoted}"
+
+
+def test_the_overrides_that_the_guide_shows_compose(configs: None) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    shown = [typed for typed in re.findall(r"`([^`\n]+=[^`\n]+)`", text) if "mine" in typed]
+    assert len(shown) >= 3
+    for typed in shown:
+        composes(shlex.split(typed))
