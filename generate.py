@@ -60,8 +60,7 @@ def generate(options: Options) -> str:
     module = NSALightningModule(**settings | {"compile": False})
     module.load_state_dict(checkpoint["state_dict"])
 
-    corpora = [part for part in checkpoint.values() if isinstance(part, dict)]
-    tokenizer = restored_tokenizer(next(c["tokenizer"] for c in corpora if "tokenizer" in c))
+    tokenizer = restored_tokenizer(checkpoints.corpus_of(checkpoint)["tokenizer"])
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     torch.manual_seed(options.seed)
     prompt = torch.tensor([tokenizer.encode(options.prompt)], device=device)

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from runs.folder import replacing
+from runs.folder import csv_head, csv_text, replacing
 
 Row = dict[str, str]
 
@@ -106,13 +106,11 @@ class RunCSVLogger(Logger):
             merged[int(row["step"])] = merged.get(int(row["step"]), {}) | row
         ordered = [merged[step] for step in sorted(merged)]
         self._columns = list(dict.fromkeys(["step", *(name for row in ordered for name in row)]))
-        head = self._lines([dict(zip(self._columns, self._columns, strict=True)), *ordered[:-1]])
+        head = csv_head(self._columns).encode() + self._lines(ordered[:-1])
         with replacing(self.path) as draft:
             draft.write_bytes(head + self._lines(ordered[-1:]))
         self._last, self._offset = (ordered[-1] if ordered else {}), len(head)
         self._opened = True
 
     def _lines(self, rows: Iterable[Row]) -> bytes:
-        buffer = io.StringIO(newline="")
-        csv.DictWriter(buffer, self._columns, lineterminator="\n").writerows(rows)
-        return buffer.getvalue().encode("utf-8")
+        return csv_text(self._columns, rows).encode()

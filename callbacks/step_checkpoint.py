@@ -1,16 +1,44 @@
 """Checkpoints every n optimizer steps that a run can go on from exactly."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from runs.folder import SAVED_AT
+
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # of Lightning's state
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint`, that removes the checkpoint a run went on from like any other
     once a better one is whole: a run that is started again and again does not fill the disk.
     """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and when it was saved; of paths only the names, since folders are moved."""
+        state = super().state_dict()
+        state["dirpath"] = ""
+        for name in PATHS:
+            state[name] = Path(state[name]).name if state[name] else ""
+        state["best_k_models"] = {Path(k).name: v for k, v in state["best_k_models"].items()}
+        return state | {SAVED_AT: time.time()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of the stored checkpoints those that lie in the folder of now: a branch has none yet."""
+        state, folder = dict(state_dict), Path(self.dirpath or "")
+
+        def here(path: str) -> str:
+            found = folder / Path(path).name
+            return str(found) if path and found.exists() else ""
+
+        state |= {name: here(state[name]) for name in PATHS}
+        best = {here(path): score for path, score in state["best_k_models"].items()}
+        state["best_k_models"] = {path: score for path, score in best.items() if path}
+        if state["best_k_models"] or state["best_model_path"]:
+            super().load_state_dict(state | {"dirpath": self.dirpath})
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         return previous != current and Path(self.dirpath or "") in Path(previous).parents

@@ -1,5 +1,6 @@
 """Weights & Biases: offline by default, one W&B run for a run folder, however often it goes on."""
 
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -10,13 +11,16 @@ from lightning.pytorch.loggers import WandbLogger
 
 from runs.folder import write_text
 
+log = logging.getLogger(__name__)
+
 MAX_NAME = 128  # characters that W&B shows a run by; it refuses more
 
 
 class RunWandbLogger(WandbLogger):
     """Lightning's `WandbLogger` for a run folder.
 
-    The run's id is kept in <save_dir>/wandb_id.txt: a run that goes on uses it again. Offline, no
+    The run's id is kept in <save_dir>/wandb_id.txt: a run that goes on uses it again. An agent of a
+    W&B sweep (`wandb agent`) gives the id itself, in WANDB_RUN_ID, which wins. Offline, no
     account is needed and nothing leaves the machine; `wandb sync <save_dir>/wandb/offline-run-*`
     uploads it later. The environment variable WANDB_MODE (offline, online, disabled) wins over
     `offline`. Runs are grouped by the folder that holds the run folder: the jobs of a sweep are
@@ -46,7 +50,12 @@ class RunWandbLogger(WandbLogger):
         folder = Path(save_dir).absolute()
         self._id_file = folder / "wandb_id.txt"
         goes_on = self._id_file.exists()
+        given = os.environ.get("WANDB_RUN_ID")  # by `wandb agent`, which waits for this run
         mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
+        if mode == "offline" and "WANDB_SWEEP_ID" in os.environ:
+            log.warning(
+                "a W&B sweep sees nothing of a run that is offline: add logger.wandb.offline=false"
+            )
         options: dict[str, Any] = {
             "mode": mode,
             "group": folder.parent.name,
@@ -59,7 +68,7 @@ class RunWandbLogger(WandbLogger):
         super().__init__(
             name=None if goes_on or not name else name.strip()[:MAX_NAME],  # it keeps the first
             save_dir=folder,
-            id=self._id_file.read_text().strip() if goes_on else secrets.token_hex(4),
+            id=given or (self._id_file.read_text().strip() if goes_on else secrets.token_hex(4)),
             project=project,
             **options,
         )

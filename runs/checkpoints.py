@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from runs.folder import newest_first, replacing, write_text
+from runs.folder import SAVED_AT, newest_first, replacing, write_text
 
 PARTS = ("state_dict", "hyper_parameters", "optimizer_states", "loops", "global_step")
 SHARDED = ("state_dict", "optimizer_states")  # of them, what lies in a folder's shards
@@ -76,6 +77,29 @@ def load(path: Path) -> dict[str, Any]:
     content = _load_distributed_checkpoint(path)
     named = [content.pop(key) for key in sorted(content) if key.startswith("optimizer_")]
     return content | {"optimizer_states": [numbered(state) for state in named]}
+
+
+def find_content(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself, no more than that read of it; None if it cannot be read."""
+    try:
+        content = load_file(path / REST if path.is_dir() else path)
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def corpus_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the datamodule left in a checkpoint: its tokenizer and its order of samples."""
+    parts = (part for part in content.values() if isinstance(part, Mapping))
+    return next((part for part in parts if "tokenizer" in part or "sample_order" in part), {})
+
+
+def saved_at(path: Path) -> float:
+    """When a checkpoint was saved, in seconds since 1970: as it says, or by its file's time."""
+    content = find_content(path) or {}
+    states = content.get("callbacks", {}).values()
+    times = [state[SAVED_AT] for state in states if isinstance(state, dict) and SAVED_AT in state]
+    return max(times, default=path.stat().st_mtime)
 
 
 def load_file(path: Path) -> dict[str, Any]:

@@ -8,20 +8,24 @@
 Lightning starts with the same command line goes on from the same checkpoint in the same folder.
 """
 
-import os
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from runs.folder import CHECKPOINTS, newest_first, write_text
+from runs import command_line, ranks
+from runs.command_line import PATHS, Typed, quoted
+from runs.folder import CHECKPOINTS, named_by_the_clock, newest_first
+from runs.record import flags_before, hydra_of, overrides_before, overrides_of, run_folder
 
 SWEEPS = "sweeps"  # the outputs of sweeps lie in here, two levels deep
 HOW = ("trainer", "callbacks", "logger")  # groups that may change where a run goes on
-WHERE = ("ckpt_path", "resume", "run_dir")  # overrides that name a run, not what it does
 MODES = ("auto", "never")  # of resume; anything else is a path
+NEW = "${hydra:runtime.output_dir}"  # run_dir where nobody named one: Hydra's own folder
 
 
 class Wanted(NamedTuple):
@@ -32,83 +36,135 @@ class Wanted(NamedTuple):
     run_dir: Path | None
 
 
-def arguments(typed_arguments: Sequence[str], outputs: Path = Path("outputs")) -> list[str]:
+def arguments(words: Sequence[str], outputs: Path = Path("outputs")) -> list[str]:
     """The command line with the run spelled out: its folder, its checkpoint, its overrides.
 
     A run that goes on keeps the overrides it was started with; those typed now come after them.
+    What Hydra cannot read or compose is left to it to refuse.
 
     Raises:
         FileNotFoundError: if there is no such run or checkpoint.
         ValueError: if what was typed contradicts itself, if no checkpoint of the run is whole, if
             a sweep is asked to resume, or if several processes were started without a `run_dir`.
     """
-    overrides = [word for word in typed_arguments if "=" in word or word[0] == "~"]
-    typed = {key(override): override for override in overrides}
-    wanted = what_is_wanted(typed)
-    if {"-m", "--multirun"} & set(typed_arguments):
-        if any(name in typed for name in WHERE):
-            raise ValueError(
-                f"{' '.join(typed[name] for name in WHERE if name in typed)} and -m: a sweep "
-                "makes its own folders and cannot go on; resume one of its jobs by the path of its "
-                "checkpoint, without -m"
-            )
-        return list(typed_arguments)
-    rest = [word for word in typed_arguments if key(word) not in WHERE]
+    line = command_line.read(words)
+    if line.asks_for_words():
+        return line.words()
+    try:
+        typed = {o.key_or_group: o for o in command_line.parse(line.overrides)}
+        config, _ = command_line.compose(line.flags, line.overrides)
+    except HydraException:
+        return line.words()
+    if "multirun" in line.flags or config.hydra.mode == RunMode.MULTIRUN:
+        refuse_to_resume_a_sweep(typed)
+        return line.words()
+    if "cfg" not in line.flags:
+        refuse_search(config)
+    wanted = what_is_wanted(config)
     checkpoint = find_checkpoint(wanted, outputs, typed)
     folder = wanted.run_dir or (checkpoint and run_folder(checkpoint))
-    if folder is None and "hydra.run.dir" not in typed and rank() is not None:
+    if folder is None and ranks.given() is not None:
         raise ValueError(
             "several processes were started from outside (torchrun, srun) and must share one run "
             "folder: name it, as in run_dir=outputs/mine"
         )
+    places = where(folder, typed, goes_on=bool(checkpoint and folder == run_folder(checkpoint)))
+    own = [key for key in typed if key not in PATHS and key not in places]
+    rest = [str(typed[key].input_line) for key in own]
+    options = [f"{name}={value}" for name, value in places.items()]
     if checkpoint is None:
-        return [*rest, *hydra_options(folder, typed, goes_on=False)]
-    before = [o for o in overrides_before(checkpoint) if not replaced(key(o), {*typed, *WHERE})]
-    goes_on = folder == run_folder(checkpoint)
-    there = f"ckpt_path='{checkpoint}'"
-    return [*before, *rest, there, *hydra_options(folder, typed, goes_on=goes_on)]
+        return line._replace(overrides=[*rest, *options]).words()
+    flags = {**flags_before(checkpoint), **line.flags}
+    before = overrides_before(checkpoint, flags, {key: typed[key] for key in own})
+    there = f"ckpt_path={quoted(str(checkpoint))}"
+    return command_line.CommandLine(flags, [*before, *rest, there, *options]).words()
 
 
-def what_is_wanted(typed: Mapping[str, str]) -> Wanted:
+def refuse_to_resume_a_sweep(typed: Typed) -> None:
+    if named := [str(typed[name].input_line) for name in PATHS if name in typed]:
+        raise ValueError(
+            f"{' '.join(named)} and -m: a sweep makes its own folders and cannot go on; resume one "
+            "of its jobs by the path of its checkpoint, without -m"
+        )
+
+
+def refuse_search(config: DictConfig) -> None:
+    """A search that nobody searches with would train one default model without a word."""
+    search = config.hydra.runtime.choices.get("hparams_search")
+    if search not in (None, "null"):
+        raise ValueError(
+            f"hparams_search={search} says what a sweep tries, and one run tries nothing: add -m, "
+            "or leave it out"
+        )
+
+
+def what_is_wanted(config: DictConfig) -> Wanted:
     """The values of ckpt_path, resume and run_dir, refused where they contradict one another."""
-    values = {name: value_of(typed[name]) for name in WHERE if name in typed}
-    ckpt_path = values.get("ckpt_path", "null")
-    ckpt_path = None if ckpt_path in ("", "null") else ckpt_path
-    resume = values.get("resume", "auto")
+    HydraConfig.instance().set_config(config)
+    try:
+        run_dir = named_folder(config)
+        ckpt_path, resume = config.ckpt_path or None, config.resume or "auto"
+    finally:
+        HydraConfig.instance().cfg = None
     if ckpt_path is not None and resume != "auto":
         raise ValueError(
             f"ckpt_path={ckpt_path} and resume={resume}: both say where to go on from; give one"
         )
-    folder = values.get("run_dir", "")
-    run_dir = Path(folder).absolute() if folder else None
     if ckpt_path == "last" and run_dir is not None:
         raise ValueError(
-            f"ckpt_path=last and run_dir={folder}: the one looks for a run, the other names it; "
+            f"ckpt_path=last and run_dir={run_dir}: the one looks for a run, the other names it; "
             "leave ckpt_path out to go on in the folder"
         )
-    return Wanted(ckpt_path, resume, run_dir)
+    return Wanted(ckpt_path, str(resume), run_dir)
 
 
-def find_checkpoint(wanted: Wanted, outputs: Path, typed: Mapping[str, str]) -> Path | None:
+def named_folder(config: DictConfig) -> Path | None:
+    """The folder that run_dir or hydra.run.dir names; None where Hydra makes a new one."""
+    if unresolved(config)["run_dir"] not in (NEW, None, ""):
+        return absolute(config.run_dir)
+    is_new = named_by_the_clock(unresolved(config.hydra.run)["dir"])
+    return None if is_new else absolute(config.hydra.run.dir)
+
+
+def unresolved(config: DictConfig) -> Any:
+    return OmegaConf.to_container(config, resolve=False)
+
+
+def absolute(path: Any) -> Path:
+    return Path(str(path)).expanduser().absolute()
+
+
+def find_checkpoint(wanted: Wanted, outputs: Path, typed: Typed) -> Path | None:
     """The checkpoint to go on from; None where the run begins."""
     named = wanted.resume if wanted.resume not in MODES else wanted.ckpt_path
+    run = wanted.run_dir
+    begun = run is not None and bool(newest_first(run / CHECKPOINTS))
     if named == "last":
         return newest_whole(find_last(outputs, typed))
-    if named is not None:
-        path = Path(named).absolute()
-        if (path / CHECKPOINTS).is_dir():
-            return newest_whole(path)
-        if not path.exists():
-            raise FileNotFoundError(f"{named}: there is no such checkpoint or run folder")
-        return path
-    if wanted.run_dir is None or not newest_first(wanted.run_dir / CHECKPOINTS):
-        return None
+    checkpoint = None if named is None else named_checkpoint(named)
+    if run is None or not begun or (checkpoint and checkpoint.parent == run / CHECKPOINTS):
+        return checkpoint
     if wanted.resume == "never":
         raise ValueError(
-            f"run_dir={wanted.run_dir} holds checkpoints, which resume=never would write over: "
+            f"run_dir={run} holds checkpoints, which resume=never would write over: "
             "name another folder, delete this one, or leave resume=never out to go on in it"
         )
-    return newest_whole(wanted.run_dir)
+    newest = newest_whole(run)
+    if checkpoint is not None:
+        ranks.say(f"{run} has branched off already: going on from {newest}, not {named}")
+    return newest
+
+
+def named_checkpoint(named: str) -> Path:
+    """A checkpoint; of a run folder, or of a folder of checkpoints, the newest that is whole."""
+    path = absolute(named)
+    if (path / CHECKPOINTS).is_dir():
+        return newest_whole(path)
+    if newest_first(path):
+        return newest_whole_in(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{named}: there is no such checkpoint or run folder")
+    return path
 
 
 def newest_whole(run: Path) -> Path:
@@ -117,87 +173,50 @@ def newest_whole(run: Path) -> Path:
     Raises:
         ValueError: if none is; says what is wrong with each.
     """
+    return newest_whole_in(run / CHECKPOINTS)
+
+
+def newest_whole_in(folder: Path) -> Path:
+    """As `newest_whole`, of a folder of checkpoints."""
     from runs.checkpoints import find_fault  # torch: only where a run really goes on
 
     faults = []
-    for checkpoint in newest_first(run / CHECKPOINTS):
+    for checkpoint in newest_first(folder):
         fault = find_fault(checkpoint)
         if fault is None:
             for passed_over in faults:
-                print(f"passed over {passed_over}; going on from {checkpoint}", file=sys.stderr)
+                ranks.say(f"passed over {passed_over}; going on from {checkpoint}")
             return checkpoint
         faults.append(f"{checkpoint}: {fault}")
     raise ValueError(
-        "\n  ".join([f"no checkpoint of {run} is whole:", *faults])
+        "\n  ".join([f"no checkpoint of {folder.parent} is whole:", *faults])
         + "\nto begin again, name another run_dir or delete this one"
     )
 
 
-def hydra_options(folder: Path | None, typed: Mapping[str, str], *, goes_on: bool) -> list[str]:
-    """Where Hydra puts its files, as overrides that the command line does not hold yet."""
-    options = {}
+def where(folder: Path | None, typed: Typed, *, goes_on: bool) -> dict[str, str]:
+    """Where the run and Hydra put their files, as values of overrides."""
+    places = {}
     if folder is not None:
-        options["hydra.run.dir"] = f"'{folder}'"
-    if goes_on or rank():
+        places |= {"run_dir": quoted(str(folder)), "hydra.run.dir": quoted(str(folder))}
+    if goes_on or ranks.given():
         # A run that goes on keeps its .hydra until nothing is refused any more: see remember.
-        options["hydra.output_subdir"] = "null"
-    if rank():
-        options["hydra.job.name"] = f"train_rank_{rank()}"  # and so its log file
-    return [f"{name}={value}" for name, value in options.items() if name not in typed]
+        places["hydra.output_subdir"] = "null"
+    if ranks.given() and "hydra.job.name" not in typed:
+        places["hydra.job.name"] = f"train_rank_{ranks.given()}"  # and so its log file
+    return places
 
 
-def rank() -> int | None:
-    """The global rank of a process that torchrun or srun started beside others; None if alone."""
-    for number, of in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if number in os.environ and int(os.environ.get(of, 1)) > 1:
-            return int(os.environ[number])
-    return None
+# The newest run
 
 
-def key(override: str) -> str:
-    """`attention.backend` of `+attention.backend=flex`."""
-    return override.partition("=")[0].lstrip("+~")
-
-
-def value_of(override: str) -> str:
-    """`outputs/mine` of `run_dir='outputs/mine'`."""
-    return override.partition("=")[2].strip("'\"")
-
-
-def overrides_before(checkpoint: Path) -> list[str]:
-    """What the command line of the checkpoint's run overrode; nothing where it was moved out."""
-    run = run_folder(checkpoint)
-    return [] if run is None else overrides_of(run)
-
-
-def replaced(path: str, typed: Iterable[str]) -> bool:
-    """Whether what was typed sets the value at `path`, or a whole node, no group, that holds it."""
-    return any(path == other or ("." in other and path.startswith(f"{other}.")) for other in typed)
-
-
-def overrides_of(run: Path) -> list[str]:
-    """What the command line of a run overrode."""
-    return [str(override) for override in OmegaConf.load(run / ".hydra" / "overrides.yaml")]
-
-
-def remember(run: Path, cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Keep what a run goes on with, in place of what it was started with."""
-    write_text(run / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
-    write_text(run / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
-
-
-def run_folder(checkpoint: Path) -> Path | None:
-    """The folder of the run that wrote `checkpoint`; None where it was moved out of it."""
-    run = checkpoint.parent.parent
-    inside = checkpoint.parent.name == CHECKPOINTS and (run / ".hydra" / "overrides.yaml").is_file()
-    return run if inside else None
-
-
-def find_last(outputs: Path, typed: Mapping[str, str]) -> Path:
-    """The run under `outputs` with the newest checkpoint, of those that agree with what was typed.
+def find_last(outputs: Path, typed: Typed) -> Path:
+    """The run under `outputs` that saved last, of those that agree with what was typed.
 
     Only the groups (model=, data=, …) and the name count.
     """
+    from runs.checkpoints import saved_at  # torch, as above
+
     folders = [path for path in outputs.rglob(CHECKPOINTS) if newest_first(path)]
     own = [path.parent for path in folders if run_folder(path / "last.ckpt") is not None]
     single = [run for run in own if run.relative_to(outputs).parts[0] != SWEEPS]
@@ -208,49 +227,14 @@ def find_last(outputs: Path, typed: Mapping[str, str]) -> Path:
             f"no run under {outputs.absolute()} holds a checkpoint and agrees with "
             f"what was typed (runs with checkpoints: {have}); give the path of a checkpoint instead"
         )
-    newest = {run: newest_first(run / CHECKPOINTS)[0].stat().st_mtime_ns for run in fitting}
+    newest = {run: saved_at(newest_first(run / CHECKPOINTS)[0]) for run in fitting}
     return max(newest, key=newest.__getitem__).absolute()
 
 
-def agrees(run: Path, typed: Mapping[str, str]) -> bool:
+def agrees(run: Path, typed: Typed) -> bool:
     """Whether a run was composed of the groups (model=, data=, …, but HOW) and the name typed."""
-    composed = OmegaConf.load(run / ".hydra" / "hydra.yaml").hydra.runtime.choices
-    chosen = {str(group): f"{group}={choice}" for group, choice in composed.items()}
-    chosen |= {key(override): override for override in overrides_of(run) if key(override) == "name"}
-    asked = [typed[k] for k in typed if (k in composed and k not in HOW) or k == "name"]
-    return all(chosen.get(key(override)) == override for override in asked)
-
-
-def check_same_run(
-    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], sample_order: Mapping[str, int]
-) -> None:
-    """A resumed run keeps its model, its optimizer and its order of samples, or is refused.
-
-    With another order it would see some samples twice and others never.
-
-    Raises:
-        ValueError: naming every value that differs.
-    """
-    stored = checkpoint["hyper_parameters"]
-    free = {"model.name", "model.dropout", "model.attention.backend"}
-    before = {k: v for part in ("model", "optimizer") for k, v in flatten(stored[part], part)}
-    now = {k: v for part in ("model", "optimizer") for k, v in flatten(settings[part], part)}
-    changed = [k for k in before | now if k not in free and before.get(k) != now.get(k)]
-    corpora = [part for part in checkpoint.values() if isinstance(part, Mapping)]
-    order_before = next((c["sample_order"] for c in corpora if "sample_order" in c), {})
-    before |= order_before
-    now |= {name: sample_order[name] for name in order_before}
-    changed += [name for name in order_before if before[name] != now[name]]
-    if changed:
-        lines = [f"  {k}={now.get(k)}, the checkpoint has {before.get(k)}" for k in changed]
-        head = "a resumed run keeps its model, optimizer and order of samples:"
-        raise ValueError("\n".join([head, *lines]))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    """The leaves of nested dicts, each with its dotted path."""
-    leaves = []
-    for name, value in tree.items():
-        path = f"{prefix}.{name}"
-        leaves += flatten(value, path) if isinstance(value, Mapping) else [(path, value)]
-    return leaves
+    choices = hydra_of(run).runtime.choices
+    chosen = {str(group): choice for group, choice in choices.items() if group not in HOW}
+    former = command_line.parse(overrides_of(run))
+    chosen |= {"name": next((o.value() for o in former if o.key_or_group == "name"), None)}
+    return all(typed[key].value() == chosen[key] for key in typed if key in chosen)

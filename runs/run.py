@@ -22,8 +22,9 @@ from callbacks.preemption import Preempted
 from callbacks.throughput import Throughput
 from data.base import TokenDataModule
 from nsa.training.lightning_module import NSALightningModule
-from runs import checkpoints, results, resume, strategies
-from runs.folder import write_text
+from runs import checkpoints, counts, notices, record, results, strategies, time_limit
+from runs.folder import CHECKPOINTS, newest_first, write_text
+from runs.same_run import check_same_run, flatten
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +40,15 @@ class Run(NamedTuple):
 def build(cfg: DictConfig) -> Run:
     """Make everything, from the seed on; whatever can be refused is refused here."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
+    refuse_to_begin_again(Path(cfg.run_dir), cfg.ckpt_path)
+    counts.make_whole(cfg)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     check_settings(settings)
     parts = ("model", "optimizer", "scheduler", "compile", "activation_checkpointing")
     module = NSALightningModule(**{part: settings[part] for part in parts})
     trainer = build_trainer(cfg)
     module.check_trainer(trainer)
+    time_limit.check(cfg.max_time_per_start, trainer)
     micro_batch_size, trainer.accumulate_grad_batches = divide_step(trainer.world_size, **cfg.batch)
     trainer.val_check_interval = cfg.val_every_n_steps * trainer.accumulate_grad_batches
     datamodule = instantiate(cfg.data, micro_batch_size=micro_batch_size)
@@ -53,10 +57,29 @@ def build(cfg: DictConfig) -> Run:
     datamodule.setup("fit")
     if cfg.ckpt_path and trainer.local_rank == 0:
         order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
-        resume.check_same_run(checkpoints.check_metadata(Path(cfg.ckpt_path)), settings, order)
+        checkpoint = checkpoints.check_metadata(Path(cfg.ckpt_path))
+        check_same_run(checkpoint, settings, order, allow_other_corpus=cfg.allow_other_corpus)
         if trainer.is_global_zero:
-            resume.remember(Path(cfg.run_dir), cfg, HydraConfig.get().overrides.task)
+            notices.say_what_changes(checkpoint, settings, module, trainer)
+            record.remember(Path(cfg.run_dir), cfg, HydraConfig.get())
+    if trainer.is_global_zero:
+        notices.say_warmup(settings)
     return Run(module, datamodule, trainer)
+
+
+def refuse_to_begin_again(run: Path, ckpt_path: str | None) -> None:
+    """Whatever the way here: what another run saved is gone on from, not written over.
+
+    Raises:
+        ValueError: if the folder holds checkpoints, and this run does not go on from one of them.
+    """
+    folder = (run / CHECKPOINTS).absolute()
+    goes_on = ckpt_path is not None and Path(ckpt_path).absolute().parent == folder
+    if not goes_on and (saved := newest_first(folder)):
+        raise ValueError(
+            f"run folder {run} holds checkpoints of another run, as {saved[0].name}, and this one "
+            f"would write over them: go on with run_dir={run}, name another folder, or delete it"
+        )
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -77,11 +100,9 @@ def check_settings(settings: dict[str, Any]) -> None:
     model, data = settings["model"]["vocab_size"], settings["data"]["vocab_size"]
     if model < data:
         raise ValueError(f"model.vocab_size={model} must be at least data.vocab_size={data}")
-    for path, value in resume.flatten(settings, ""):
+    for path, value in flatten(settings, ""):
         if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "maybe"):
-            raise ValueError(
-                f"{path[1:]}={value} is text, which counts as true: write true or false"
-            )
+            raise ValueError(f"{path}={value} is text, which counts as true: write true or false")
 
 
 def divide_step(
@@ -143,7 +164,10 @@ def train(run: Run, cfg: DictConfig) -> dict[str, Any]:
     module, datamodule, trainer = run
     if trainer.is_global_zero:
         print(summary(run, cfg), flush=True)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    with time_limit.per_start(cfg.max_time_per_start):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    if trainer.is_global_zero:
+        notices.say_why_it_ended(trainer)
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     evaluations = []
     if module.evaluated_step != trainer.global_step:  # no validation was due at the last step
@@ -246,4 +270,5 @@ def run_alone(cfg: DictConfig) -> None:
 def root(error: Exception) -> BaseException:
     """What a part refused itself with, in place of Hydra's word that it could not be made."""
     cause = error.__cause__
-    return cause if isinstance(cause, ValueError | OSError) else error
+    wrapped = isinstance(error, InstantiationException)
+    return cause if wrapped and isinstance(cause, ValueError | OSError) else error

@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
 from runs import gpus, results
+from runs.checkpoints import first_line
 from runs.folder import write_text
 from runs.run import REFUSALS, build, root, train
 from runs.sweep_check import (
@@ -56,7 +57,8 @@ def attempt(cfg: DictConfig) -> Mapping[str, Any]:
         return train(run, cfg)
     except Exception as error:
         known = isinstance(error, expected) and "HYDRA_FULL_ERROR" not in os.environ
-        why = first_line(error if known else f"{type(error).__name__}: {error}")
+        why = first_line(root(error))
+        why = why if known else f"{type(error).__name__}: {why}"
         hydra = HydraConfig.get()
         log.error("job %s failed: %s", hydra.job.num, why, exc_info=not known)
         result = {"error": why, "overrides": list(hydra.overrides.task)}
@@ -66,13 +68,6 @@ def attempt(cfg: DictConfig) -> Mapping[str, Any]:
         return result
     finally:
         wandb.finish()  # or the next job would log into this one's run
-
-
-def first_line(error: object) -> str:
-    """What a table has room for."""
-    if isinstance(error, Exception):
-        error = root(error)
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
 
 
 @contextmanager

@@ -7,22 +7,20 @@ Hydra calls `SweepReport` after every job, so that the CSV also stands when the 
 """
 
 import csv
-import io
 import json
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from runs import results
-from runs.folder import replacing, write_text
+from runs import ranks, results
+from runs.file_lock import held
+from runs.folder import csv_head, csv_text, replacing, write_text
 from runs.sweep_plot import Job, by_metric, draw, finished, pareto_front, telling
 
 SWEEPS = Path("outputs", "sweeps")
@@ -36,22 +34,17 @@ class SweepReport(Callback):
     """
 
     def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if config.hydra.mode == RunMode.MULTIRUN and is_rank_zero():
+        if config.hydra.mode == RunMode.MULTIRUN and ranks.is_zero():
             write_csv(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        if not is_rank_zero():
+        if not ranks.is_zero():
             return
         folder = Path(config.hydra.sweep.dir)
         write_csv(folder)
         print(f"{write_table_and_plot(folder)}\n{folder}", flush=True)
         if not finished(read_csv(folder)):
             sys.exit(f"no job of {folder} has a result")
-
-
-def is_rank_zero() -> bool:
-    """False in the processes that torchrun starts beside rank zero: each runs the sweep."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def write_csv(folder: Path) -> None:
@@ -62,7 +55,7 @@ def write_csv(folder: Path) -> None:
     Raises:
         FileNotFoundError: if the folder holds no job.
     """
-    with FileLock(folder / ".sweep.lock"):
+    with held(folder / ".sweep.lock"):
         jobs = collect(folder)
         if not jobs:
             raise FileNotFoundError(f"{folder} holds no job of a multirun: no <job>/.hydra in it")
@@ -112,13 +105,9 @@ def columns(jobs: list[Job]) -> tuple[str, ...]:
 
 def as_csv(jobs: list[Job]) -> str:
     """One row a job; the overrides quoted as on a command line."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns(jobs))
-    for job in jobs:
-        flat = {**job, "overrides": shlex.join(job["overrides"])}
-        writer.writerow([flat.get(column) for column in columns(jobs)])
-    return buffer.getvalue()
+    names = columns(jobs)
+    rows = [job | {"overrides": shlex.join(job["overrides"])} for job in jobs]
+    return csv_head(names) + csv_text(names, [{n: row.get(n) for n in names} for row in rows])
 
 
 def read_csv(folder: Path) -> list[Job]:
@@ -129,6 +118,8 @@ def read_csv(folder: Path) -> list[Job]:
         ValueError: if a column is missing, or a number is none.
     """
     path = folder / "sweep.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no folder of a sweep: it holds no sweep.csv")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         found = set(reader.fieldnames or ())

@@ -15,7 +15,8 @@ import torch
 from omegaconf import OmegaConf
 
 import generate
-from runs import checkpoints, resume
+from runs import checkpoints, command_line, resume
+from runs.same_run import check_same_run
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "train.py")
@@ -119,7 +120,9 @@ def test_last_is_the_newest_run_of_what_was_typed(tmp_path: Path) -> None:
     make_run(tmp_path / "sweeps" / "now" / "0", age=0, model="nsa_tiny")
 
     def last(*typed: str) -> str:
-        return resume.find_last(tmp_path, {resume.key(t): t for t in typed}).name
+        return resume.find_last(
+            tmp_path, {o.key_or_group: o for o in command_line.parse(typed)}
+        ).name
 
     assert last() == "2"
     assert last("model=nsa_tiny", "trainer.max_steps=9") == "1"
@@ -133,7 +136,7 @@ def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
     run = tmp_path / "a" / "1"
     path = make_run(run, age=1, model="nsa_tiny", overrides=["seed=1", "+x.y=2", "resume=never"])
     resumed = resume.arguments(["ckpt_path=last", "x.y=3"], tmp_path)
-    there = [f"ckpt_path='{path}'", f"hydra.run.dir='{run}'", "hydra.output_subdir=null"]
+    there = [f"ckpt_path='{path}'", *named(run), "hydra.output_subdir=null"]
     assert resumed == ["seed=1", "x.y=3", *there]
     again = resume.arguments(resumed, tmp_path)  # as a rank that Lightning starts does
     assert sorted(again) == sorted(resumed)
@@ -144,15 +147,14 @@ def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
 
 def test_a_named_folder_is_begun_or_gone_on_with(tmp_path: Path) -> None:
     run = tmp_path / "mine"
-    folder = f"hydra.run.dir='{run}'"
     command = ["seed=1", f"run_dir={run}"]
-    assert resume.arguments(command) == ["seed=1", folder]
-    assert resume.arguments([*command, "resume=never"]) == ["seed=1", folder]
+    assert resume.arguments(command) == ["seed=1", *named(run)]
+    assert resume.arguments([*command, "resume=never"]) == ["seed=1", *named(run)]
     path = make_run(run, age=1, model="nsa_tiny", overrides=["seed=1"])
-    there = [f"ckpt_path='{path}'", folder, "hydra.output_subdir=null"]
+    there = [f"ckpt_path='{path}'", *named(run), "hydra.output_subdir=null"]
     assert resume.arguments(command) == ["seed=1", *there]
-    for named in (run, path):
-        assert resume.arguments([f"resume={named}"]) == ["seed=1", *there]
+    for place in (run, path.parent, path):
+        assert resume.arguments([f"resume={place}"]) == ["seed=1", *there]
     with pytest.raises(ValueError, match="resume=never would write over: name another"):
         resume.arguments([*command, "resume=never"])
 
@@ -161,7 +163,7 @@ def test_a_run_can_branch_off_into_a_folder_of_its_own(tmp_path: Path) -> None:
     path = make_run(tmp_path / "one", age=1, model="nsa_tiny", overrides=["seed=1"])
     other = tmp_path / "other"
     branched = resume.arguments([f"resume={path}", f"run_dir={other}"])
-    assert branched == ["seed=1", f"ckpt_path='{path}'", f"hydra.run.dir='{other}'"]
+    assert branched == ["seed=1", f"ckpt_path='{path}'", *named(other)]
 
 
 @pytest.mark.parametrize(
@@ -219,11 +221,15 @@ def test_ranks_started_from_outside_share_a_named_folder(tmp_path: Path, monkeyp
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match="must share one run folder: name it"):
         resume.arguments(["seed=1"])
-    folder = f"hydra.run.dir='{tmp_path}'"
     own = ["hydra.output_subdir=null", "hydra.job.name=train_rank_1"]
-    assert resume.arguments([f"run_dir={tmp_path}"]) == [folder, *own]
+    assert resume.arguments([f"run_dir={tmp_path}"]) == [*named(tmp_path), *own]
     monkeypatch.setenv("RANK", "0")
-    assert resume.arguments([f"run_dir={tmp_path}"]) == [folder]
+    assert resume.arguments([f"run_dir={tmp_path}"]) == named(tmp_path)
+
+
+def named(run: Path) -> list[str]:
+    """The overrides that put a run into a folder."""
+    return [f"run_dir='{run}'", f"hydra.run.dir='{run}'"]
 
 
 def make_run(run: Path, *, age: int, model: str, overrides: list[str] | None = None) -> Path:
@@ -274,9 +280,9 @@ def test_a_resumed_run_keeps_its_order_of_samples() -> None:
     settings = {"model": {"dim": 8}, "optimizer": {"lr": 0.1}}
     order = {"seed": 0, "seq_len": 8, "sequences_per_step": 32}
     checkpoint = {"hyper_parameters": settings, "Corpus": {"sample_order": order}}
-    resume.check_same_run(checkpoint, settings, order)
+    check_same_run(checkpoint, settings, order)
     with pytest.raises(ValueError, match="sequences_per_step=16, the checkpoint has 32"):
-        resume.check_same_run(checkpoint, settings, order | {"sequences_per_step": 16})
+        check_same_run(checkpoint, settings, order | {"sequences_per_step": 16})
 
 
 def test_a_resumed_run_keeps_its_model_and_optimizer() -> None:
@@ -284,11 +290,11 @@ def test_a_resumed_run_keeps_its_model_and_optimizer() -> None:
     settings = {"model": model, "optimizer": {"lr": 0.1, "fused": True}}
     checkpoint = {"hyper_parameters": settings}
     free = {"model": model | {"dropout": 0.0}, "optimizer": {"lr": 0.1, "fused": True}}
-    resume.check_same_run(checkpoint, free, {})
+    check_same_run(checkpoint, free, {})
     changed = {"lr": 0.2, "fused": False}  # the optimizer's state brings its own
     other = {"model": model | {"attention": {"kv_per_branch": False}}, "optimizer": changed}
     with pytest.raises(ValueError) as refusal:
-        resume.check_same_run(checkpoint, other, {})
+        check_same_run(checkpoint, other, {})
     assert "model.attention.kv_per_branch=False, the checkpoint has True" in str(refusal.value)
     assert "optimizer.lr=0.2, the checkpoint has 0.1" in str(refusal.value)
     assert "optimizer.fused=False, the checkpoint has True" in str(refusal.value)

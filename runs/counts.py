@@ -1,0 +1,56 @@
+"""What is counted is a whole number: 1e3 is 1000, and 2.5 or a word is refused by name."""
+
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from runs.same_run import flatten
+
+COUNT = re.compile(  # the last part of an option's path
+    r"(.*_)?(steps?|tokens|blocks|stride|heads|seed|seq_len|depth|dim|dim_head|workers|nodes)"
+    r"|(.*_)?(block|window|batch|vocab|population)_size|num_.*|every_n_.*|max_(reports|epochs)"
+    r"|sequences_per_step|skip_budget|patience|window|save_top_k|login_timeout|devices"
+)
+SHARE = re.compile(r"limit_.*_batches|overfit_batches")  # up to 1 a share, above it a count
+NEEDED = re.compile(  # of them, what has no meaning as null
+    r"(max|warmup|val_every_n|log_every_n)_steps|(vocab|micro_batch)_size|sequences_per_step"
+    r"|seed|seq_len|depth|dim|dim_head|heads|new_tokens|prompt_tokens|num_workers"
+)
+
+
+def make_whole(cfg: DictConfig) -> None:
+    """Turn every count of a config into an `int`.
+
+    Raises:
+        ValueError: naming the first that is none.
+    """
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    for path, value in flatten(settings, ""):
+        number = whole(path, value)
+        if number is not value:
+            OmegaConf.update(cfg, path, number)
+
+
+def whole(path: str, value: Any) -> Any:
+    """The value of an option, an `int` where it is a count."""
+    name = path.rpartition(".")[2]
+    is_share = SHARE.fullmatch(name) is not None
+    if not is_share and not COUNT.fullmatch(name):
+        return value
+    if value is None and not NEEDED.fullmatch(name):
+        return value
+    if name == "devices" and not isinstance(value, float):
+        return value  # auto, a list, "0,1": the trainer's to read
+    if isinstance(value, float) and (value.is_integer() and not (is_share and value <= 1)):
+        return int(value)
+    if not allowed(value, is_share):
+        also = " or a share between 0.0 and 1.0" if is_share else ""
+        raise ValueError(f"{path}={value} must be a whole number{also}")
+    return value
+
+
+def allowed(value: Any, is_share: bool) -> bool:
+    if isinstance(value, float):
+        return is_share and 0 <= value <= 1
+    return isinstance(value, int) and not isinstance(value, bool)
