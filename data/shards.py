@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from runs.file_lock import held
 
 FORMAT = "nsa-tokens-1"
 INDEX = "index.json"
@@ -175,7 +176,7 @@ def prepare_shards(
         ValueError: a file of `folder` is missing, truncated or damaged, or of another source.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with held(Path(f"{folder}.lock")):
         if folder.exists():
             if verify:
                 verify_shards(folder, source)

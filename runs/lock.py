@@ -1,7 +1,5 @@
 """One run folder, one run: the folder is taken before anything is written into it."""
 
-import atexit
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -29,8 +27,7 @@ class RunLock(Callback):
     A folder that the clock names is a new one: where another run began in the same second, this
     one gets the next free name. A named folder is waited for, for a moment. Hydra calls it before
     it writes its own files. Ends the program where the folder is taken or cannot be written: by
-    SystemExit, since Hydra only warns of other exceptions in a callback. A folder that it made and
-    in which nothing was done goes with the process.
+    SystemExit, since Hydra only warns of other exceptions in a callback.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -62,8 +59,6 @@ class RunLock(Callback):
                 f"run folder {folder} cannot be written ({error.strerror}): name another with "
                 "run_dir="
             )
-        if made:
-            atexit.register(remove_if_empty, made, os.getpid())
         if made and made != folder:
             self._rename(config, kind, made)
 
@@ -94,9 +89,9 @@ def names(folder: Path) -> Iterator[Path]:
     yield from (folder.with_name(f"{folder.name}_{number}") for number in count(2))
 
 
-def remove_if_empty(folder: Path, process: int) -> None:
+def remove_if_empty(folder: Path) -> None:
     """Remove the folder of a run that was refused, and the parents that are empty then."""
-    if os.getpid() != process or not folder.is_dir():
+    if not folder.is_dir():
         return
     left = {path.name for path in folder.iterdir()} - set(EMPTY)
     if any(not name.startswith("train_rank_") for name in left):

@@ -22,7 +22,7 @@ from callbacks.preemption import Preempted
 from callbacks.throughput import Throughput
 from data.base import TokenDataModule
 from nsa.training.lightning_module import NSALightningModule
-from runs import checkpoints, counts, notices, record, results, strategies, time_limit
+from runs import checkpoints, counts, lock, notices, ranks, record, results, strategies, time_limit
 from runs.folder import CHECKPOINTS, newest_first, write_text
 from runs.same_run import check_same_run, flatten
 
@@ -242,6 +242,8 @@ def run_alone(cfg: DictConfig) -> None:
     try:
         run = build(cfg)
     except REFUSALS as error:
+        if ranks.is_zero():
+            lock.remove_if_empty(Path(cfg.run_dir))
         if "HYDRA_FULL_ERROR" in os.environ:
             raise
         sys.exit(f"{root(error)}\nHYDRA_FULL_ERROR=1 shows where")

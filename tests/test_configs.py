@@ -16,7 +16,7 @@ from nsa.compress_networks import BlockCompressor
 from nsa.config import NSAConfig
 from nsa.training.lightning_module import SCHEDULES, NSALightningModule, adamw
 from nsa.transformer import Transformer
-from runs import resume
+from runs import command_line
 
 CONF = Path(__file__).parent.parent / "conf"
 SIZES = ("tiny", "small", "medium")
@@ -132,7 +132,7 @@ def test_everything_in_conf_is_read() -> None:
     module = inspect.signature(NSALightningModule).parameters
     text = "".join(path.read_text() for path in (CONF.parent / "runs").glob("*.py"))
     text += "".join(path.read_text() for path in CONF.rglob("*.yaml"))
-    for key in set(cfg) - set(resume.WHERE):
+    for key in set(cfg) - set(command_line.PATHS):
         assert key in module or f"cfg.{key}" in text or f"${{{key}" in text, key
     for key in cfg.batch:
         assert f"batch.{key}" in text, key

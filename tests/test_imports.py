@@ -23,7 +23,7 @@ FLOORS = (  # from the roof down: a module imports lower floors and its own pack
     ("nsa.reference", "nsa.kernels", "nsa.flex", "nsa.local"),
     ("nsa.pooling", "nsa.rotary"),
     ("nsa.blocks",),
-    ("nsa.config", "runs.folder"),
+    ("nsa.config", "runs.folder", "runs.file_lock"),
 )
 STRANGERS = (  # on one floor or on two, and yet they never meet
     ("data", "nsa"),
