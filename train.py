@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from runs import resume
+from runs.output import outlive_readers
 
 NOT_FOR_USERS = (
     r".*isinstance.treespec, LeafSpec.* is deprecated",  # in Lightning, under PyTorch 2.13
@@ -47,6 +48,7 @@ def main(cfg: DictConfig) -> float | list[float] | None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     try:
         sys.argv[1:] = resume.arguments(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:

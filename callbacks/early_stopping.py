@@ -1,12 +1,16 @@
 """Ends a run that gets no better."""
 
+import logging
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from callbacks.metric import MONITOR, PLACEHOLDER, check_mode, metric_of, worst
+
+log = logging.getLogger(__name__)
 
 
 class MetricEarlyStopping(EarlyStopping):
@@ -42,3 +46,17 @@ class MetricEarlyStopping(EarlyStopping):
             self.best_score = torch.tensor(worst(self.mode))
         self.monitor = self.monitor.replace(PLACEHOLDER, metric.name)
         super().setup(trainer, pl_module, stage)
+
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
+        super()._run_early_stopping_check(trainer)
+        if self.stopping_reason_message and trainer.is_global_zero:
+            log.warning("early stopping at step %d: %s", trainer.global_step, self.why())
+
+    def why(self) -> str:
+        """What ended the run, and the option that lets it go on for longer."""
+        if self.stopping_reason != EarlyStoppingReason.PATIENCE_EXHAUSTED:
+            return str(self.stopping_reason_message)
+        return (
+            f"{self.monitor} got no better than {self.best_score:.4f} in the last "
+            f"{self.wait_count} validations (callbacks.early_stopping.patience={self.patience})"
+        )

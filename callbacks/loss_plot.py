@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from callbacks.csv_logger import Row, RunCSVLogger, read_rows
 from callbacks.metric import metric_of
+from callbacks.preemption import Preempted
 from runs.folder import leaves_files, replacing, run_folder
 
 TRAIN, VALIDATION = "#8aa9c9", "#c2452d"
@@ -52,6 +53,12 @@ class LossPlot(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, Preempted):
+            self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
         if not leaves_files(trainer):

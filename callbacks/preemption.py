@@ -1,4 +1,4 @@
-"""A run that is told to go: SIGTERM or SIGUSR1 to any of its processes saves it and ends it."""
+"""A run that is told to end: a signal to any of its processes saves it and ends it."""
 
 import signal
 import sys
@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.step_checkpoint import StepCheckpoint
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # and SIGINT, in training
 EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 
 
@@ -23,7 +23,10 @@ class Preempted(BaseException):
 
 
 class Preemption(Callback):
-    """Saves at the next optimizer step after SIGTERM or SIGUSR1, then raises `Preempted`.
+    """Saves at the next optimizer step after a signal, then raises `Preempted`.
+
+    The signals are SIGTERM, SIGUSR1, SIGHUP (the terminal was closed) and SIGINT (Ctrl-C). A second
+    Ctrl-C ends the run at once, without saving.
 
     The signal may reach any rank: at every step the ranks tell one another, over a group of their
     own on the CPU, so that no device waits. A step is never cut in two: gradients that are being
@@ -59,11 +62,13 @@ class Preemption(Callback):
         loop: Any = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):  # Lightning's, in every micro-batch
             loop._broadcast_sigterm_tensor = lambda: None
-        for which in SIGNALS:
+        for which in heard(*SIGNALS, signal.SIGINT):
             self._handlers[which] = signal.signal(which, self._hear)
 
     def _hear(self, which: int, frame: FrameType | None) -> None:
         self._told = True
+        if which == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # of the next Ctrl-C
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,13 +114,18 @@ class Preemption(Callback):
 
 
 def leave_on_signals() -> None:
-    """End the program with EXIT_CODE on SIGTERM and SIGUSR1: what is to be repeated, is."""
+    """End the program with EXIT_CODE on a signal: what is to be repeated, is."""
 
     def leave(which: int, frame: FrameType | None) -> None:
         sys.exit(EXIT_CODE)
 
-    for which in SIGNALS:
+    for which in heard(*SIGNALS):
         signal.signal(which, leave)
+
+
+def heard(*signals: signal.Signals) -> list[signal.Signals]:
+    """Without those that whoever started the program has it ignore, as nohup does SIGHUP."""
+    return [which for which in signals if signal.getsignal(which) != signal.SIG_IGN]
 
 
 def savers(trainer: Trainer) -> list[StepCheckpoint]:

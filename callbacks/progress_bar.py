@@ -11,6 +11,8 @@ from tqdm import tqdm
 from callbacks.every_n_steps import EveryNSteps
 from callbacks.metric import metric_of
 
+PATIENCE = 10.0  # seconds in which an evaluation says nothing
+
 
 class StepProgressBar(EveryNSteps, ProgressBar):
     """Shows steps, loss, metric, the latest validation's, tokens per second and the time left.
@@ -27,6 +29,7 @@ class StepProgressBar(EveryNSteps, ProgressBar):
         EveryNSteps.__init__(self, every_n_steps)
         ProgressBar.__init__(self)
         self._enabled = True
+        self._evaluation, self._batches, self._spoke = "", 0, 0.0
         self._bar: tqdm | None = None
         self._first: tuple[int, float] | None = None  # the first finished step and its time
 
@@ -63,8 +66,30 @@ class StepProgressBar(EveryNSteps, ProgressBar):
         self._show(trainer, self.status(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._begin_evaluation(trainer, "validating")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_evaluation(trainer, "testing")
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._go_on_evaluating(trainer)
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._go_on_evaluating(trainer)
+
+    def _begin_evaluation(self, trainer: Trainer, what: str) -> None:
+        self._evaluation, self._batches, self._spoke = what, 0, time.monotonic()
         if self._bar is not None:
-            self._show(trainer, f"step {trainer.global_step}  validating")
+            self._show(trainer, f"step {trainer.global_step}  {what}")
+
+    def _go_on_evaluating(self, trainer: Trainer) -> None:
+        """Say every few seconds how far a validation or a test is."""
+        self._batches += 1
+        if not trainer.sanity_checking and time.monotonic() - self._spoke >= PATIENCE:
+            self._spoke = time.monotonic()
+            status = f"{self._evaluation}, {self._batches:,} batches done"
+            self._show(trainer, f"step {trainer.global_step}  {status}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

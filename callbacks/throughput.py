@@ -103,7 +103,7 @@ class Throughput(EveryNSteps):
             device = pl_module.device
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             self.peak_flops = peak_flops_of(name)
-            if self.peak_flops is None:
+            if self.peak_flops is None and device.type == "cuda":
                 rank_zero_info(
                     f"perf/mfu is not logged: the peak FLOP/s of {name!r} is not known; "
                     "set callbacks.throughput.peak_flops to log it"

@@ -228,7 +228,8 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     """A signal to end reaches every process of a job: a loader that obeyed would break the step
     that its trainer still finishes and saves. Only the trainer's own SIGTERM ends a loader.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for which in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        signal.signal(which, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # everywhere but on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()

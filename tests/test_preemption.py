@@ -50,7 +50,7 @@ def saver(folder: Path, every: int = 100) -> StepCheckpoint:
     )
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("which", [*SIGNALS, signal.SIGINT])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_signal_saves_at_the_end_of_its_step(
     tmp_path: Path, which: signal.Signals, accumulate: int
@@ -66,6 +66,31 @@ def test_a_signal_saves_at_the_end_of_its_step(
         )
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
     assert signal.getsignal(which) == before
+
+
+class ImpatientAt(SignalAt):
+    """Presses Ctrl-C twice in one step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if ("training", self.global_step) == self.when:
+            os.kill(os.getpid(), self.which)
+        return loss
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, saver(tmp_path), Preemption(), module=ImpatientAt(2, signal.SIGINT))
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        trainer = fit(tmp_path, saver(tmp_path), Preemption(), module=SignalAt(2, signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.global_step == 8
 
 
 @pytest.mark.parametrize(("where", "step"), [("training", 3), ("validation", 4)])
