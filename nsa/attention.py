@@ -6,18 +6,18 @@ its sliding-window and dense counterparts. Letters as in `nsa.reference`; M is t
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nsa import ops
+from nsa import decoding, ops
+from nsa.cache import LayerCache, dense_cache, sparse_cache, window_cache
 from nsa.compress_networks import BlockCompressor, CompressMLP
 from nsa.config import NSAConfig
-from nsa.rotary import rotary_angles
+from nsa.rotary import angles_at, rotary_angles, rotate
 
 
 class Branches(NamedTuple):
@@ -39,6 +39,19 @@ class Projected(NamedTuple):
     mem_k: Float[Tensor, "G Nm D"] | None
     mem_v: Float[Tensor, "G Nm D"] | None
     q_rot: Float[Tensor, "B T H D"]
+    k_slc: Float[Tensor, "B T G D"]
+    v_slc: Float[Tensor, "B T G D"]
+    k_win: Float[Tensor, "B T G D"]
+    v_win: Float[Tensor, "B T G D"]
+    gates: Float[Tensor, "B T H 3"]
+
+
+class Heads(NamedTuple):
+    """Tokens as `SparseAttention` projects them: nothing rotated, nothing compressed."""
+
+    q: Float[Tensor, "B T H D"]
+    k_cmp: Float[Tensor, "B T G D"]
+    v_cmp: Float[Tensor, "B T G D"]
     k_slc: Float[Tensor, "B T G D"]
     v_slc: Float[Tensor, "B T G D"]
     k_win: Float[Tensor, "B T G D"]
@@ -155,14 +168,39 @@ class SparseAttention(nn.Module):
             self.mem_k = nn.Parameter(torch.randn(groups, num_memories, width) * 0.02)
             self.mem_v = nn.Parameter(torch.randn(groups, num_memories, width) * 0.02)
 
-    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        x = self._project(tokens)
+    def forward(
+        self,
+        tokens: Float[Tensor, "B T M"],
+        cache: LayerCache | None = None,
+        return_cache: bool = False,
+        *,
+        counts: Int[Tensor, " B"] | None = None,
+    ) -> Any:
+        """Tokens [B T M]; with return_cache also the cache of what has been seen so far.
+
+        Args:
+            cache: of the tokens before these; without gradients then. None with return_cache
+                makes an empty one, which grows as tokens come.
+            counts: with a cache, how many of the T tokens each sequence has; the others, at the
+                end, are padding.
+        """
+        if cache is None and not return_cache:
+            return self.to_out(self.gated_sum(self._project(tokens)).flatten(-2))
+        cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
+        out = self.to_out(decoding.sparse_attention(self, tokens, cache, counts).flatten(-2))
+        return (out, cache) if return_cache else out
+
+    def gated_sum(self, x: Projected) -> Float[Tensor, "B T H D"]:
+        """The branches, weighed by their gates (eq. 5)."""
         if self.attends_at_once:
-            out = self._attend_at_once(x)
-        else:
-            compressed, selected, sliding, gates, _ = self._attend(x)
-            out = ops.combine(gates, compressed, selected, sliding, backend=self.backend)
-        return self.to_out(out.flatten(-2))
+            return self._attend_at_once(x)
+        compressed, selected, sliding, gates, _ = self.attend(x)
+        return ops.combine(gates, compressed, selected, sliding, backend=self.backend)
+
+    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
+        """A cache of no tokens, with room for `capacity` each of `batch` sequences."""
+        like = _like_keys(self, batch)
+        return sparse_cache(self.cfg, like, capacity, values=self.compressed_output)
 
     @property
     def attends_at_once(self) -> bool:
@@ -170,15 +208,27 @@ class SparseAttention(nn.Module):
         plain = self.compressed_output and self.cfg.num_selected_blocks and not self.use_diff_topk
         return bool(plain) and ops.BACKENDS[self.backend].gated_attention is not None
 
-    def branches(self, tokens: Float[Tensor, "B T M"]) -> Branches:
+    def branches(self, tokens: Float[Tensor, "B T M"], cache: LayerCache | None = None) -> Branches:
         """The outputs of the three branches, their gates and the selected blocks."""
-        return self._attend(self._project(tokens))
+        if cache is not None:
+            return decoding.sparse_branches(self, tokens, cache)
+        return self.attend(self._project(tokens))
 
     def _project(self, tokens: Float[Tensor, "B T M"]) -> Projected:
+        return self.compress_and_rotate(self.split_heads(tokens))
+
+    def split_heads(self, tokens: Float[Tensor, "B T M"]) -> Heads:
+        """Queries, the keys and values of each branch, and gates."""
         tokens = self.norm(tokens)
         q = self.to_q(tokens).unflatten(-1, (self.heads, self.dim_head))
         kv = self.to_kv(tokens).unflatten(-1, (-1, self.kv_heads, self.dim_head)).unbind(2)
+        gates = _split_gates(self.to_gates(tokens), self.heads).sigmoid()
         k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (kv[i] for i in self.kv_layout)
+        return Heads(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+
+    def compress_and_rotate(self, heads: Heads) -> Projected:
+        """What the branches of a whole sequence are computed from."""
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = heads
         angles = rotary_angles(q.shape[1], self.dim_head, base=self.rope_base, device=q.device)
         q_rot, k_slc, k_win = (
             ops.rotate(x, angles, backend=self.backend) for x in (q, k_slc, k_win)
@@ -187,9 +237,14 @@ class SparseAttention(nn.Module):
         k_cmp = self.compress_k(k_cmp)
         # Where only the lse counts, values do not matter.
         v_cmp = k_cmp if self.compress_v is None else self.compress_v(v_cmp)
-        mem_k, mem_v = (None if mem is None else mem.to(q) for mem in (self.mem_k, self.mem_v))
-        gates = _split_gates(self.to_gates(tokens), self.heads).sigmoid()
+        mem_k, mem_v = self.memory(q)
         return Projected(q, k_cmp, v_cmp, mem_k, mem_v, q_rot, k_slc, v_slc, k_win, v_win, gates)
+
+    def memory(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Memory keys and values in a tensor's dtype; None twice if there are none."""
+        if self.mem_k is None or self.mem_v is None:
+            return None, None
+        return self.mem_k.to(like), self.mem_v.to(like)
 
     def _attend_at_once(self, x: Projected) -> Float[Tensor, "B T H D"]:
         """The gated sum from one op that has the gradients of all branches."""
@@ -207,7 +262,8 @@ class SparseAttention(nn.Module):
             self.cfg, x.mem_k, x.mem_v, backend=self.backend,
         )  # fmt: skip
 
-    def _attend(self, x: Projected) -> Branches:
+    def attend(self, x: Projected) -> Branches:
+        """The branches of a whole sequence, one by one."""
         cfg, backend = self.cfg, self.backend
         compressed, lse = ops.compressed_attention(
             x.q, x.k_cmp, x.v_cmp, cfg, x.mem_k, x.mem_v, backend=backend
@@ -271,13 +327,30 @@ class Attention(nn.Module):
         self.to_gate = _zero_linear(dim, heads) if output_gate else None
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+    def forward(
+        self,
+        tokens: Float[Tensor, "B T M"],
+        cache: LayerCache | None = None,
+        return_cache: bool = False,
+        *,
+        counts: Int[Tensor, " B"] | None = None,
+    ) -> Any:
+        """See `SparseAttention.forward`."""
         tokens = self.norm(tokens)
-        q, k, v = _rotated_qkv(self, tokens, "reference")
-        q, k, v = (rearrange(x, "B T H D -> B H T D") for x in (q, k, v))
-        grouped = self.kv_heads < self.heads
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped)
-        out = rearrange(out, "B H T D -> B T H D")
+        if cache is None and not return_cache:
+            q, k, v = rotated_qkv(self, tokens, "reference")
+            return self._gated(tokens, decoding.scaled_dot_product(q, k, v, causal=self.causal))
+        cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
+        out = self._gated(tokens, decoding.dense_attention(self, tokens, cache, counts))
+        return (out, cache) if return_cache else out
+
+    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
+        """See `SparseAttention.empty_cache`."""
+        return dense_cache(_like_keys(self, batch), capacity)
+
+    def _gated(
+        self, tokens: Float[Tensor, "B T M"], out: Float[Tensor, "B T H D"]
+    ) -> Float[Tensor, "B T M"]:
         if self.to_gate is not None:
             out = out * self.to_gate(tokens).sigmoid()[..., None]
         return self.to_out(rearrange(out, "B T H D -> B T (H D)"))
@@ -310,17 +383,52 @@ class WindowAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * self.kv_heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        q, k, v = _rotated_qkv(self, self.norm(tokens), self.backend)
-        out = ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)
-        return self.to_out(rearrange(out, "B T H D -> B T (H D)"))
+    def forward(
+        self,
+        tokens: Float[Tensor, "B T M"],
+        cache: LayerCache | None = None,
+        return_cache: bool = False,
+        *,
+        counts: Int[Tensor, " B"] | None = None,
+    ) -> Any:
+        """See `SparseAttention.forward`."""
+        tokens = self.norm(tokens)
+        if cache is None and not return_cache:
+            q, k, v = rotated_qkv(self, tokens, self.backend)
+            out = ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)
+            return self.to_out(out.flatten(-2))
+        cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
+        out = self.to_out(decoding.window_attention(self, tokens, cache, counts).flatten(-2))
+        return (out, cache) if return_cache else out
+
+    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
+        """See `SparseAttention.empty_cache`."""
+        return window_cache(self.cfg.sliding_window_size, _like_keys(self, batch), capacity)
 
 
-def _rotated_qkv(
-    attn: Attention | WindowAttention, tokens: Float[Tensor, "B T M"], backend: str
+def _like_keys(
+    attn: SparseAttention | Attention | WindowAttention, batch: int
+) -> Float[Tensor, "B 0 G D"]:
+    """No keys, in the dtype and on the device of those that a layer makes."""
+    weight = attn.to_kv.weight
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    return weight.new_empty(batch, 0, attn.kv_heads, attn.dim_head, dtype=dtype)
+
+
+def rotated_qkv(
+    attn: Attention | WindowAttention,
+    tokens: Float[Tensor, "B T M"],
+    backend: str,
+    positions: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G D"]]:
+    """Queries, keys and values of normed tokens that stand at `positions`, or at 0 … T - 1."""
     q = rearrange(attn.to_q(tokens), "B T (H D) -> B T H D", H=attn.heads)
     k, v = rearrange(attn.to_kv(tokens), "B T (P G D) -> P B T G D", P=2, G=attn.kv_heads)
+    if positions is not None:
+        angles = angles_at(positions, attn.dim_head, base=attn.rope_base)
+        return rotate(q, angles), rotate(k, angles), v
     angles = rotary_angles(
         tokens.shape[1], attn.dim_head, base=attn.rope_base, device=tokens.device
     )

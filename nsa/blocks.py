@@ -2,7 +2,11 @@
 
 Positions count from 0. Compressed block c covers tokens [c*d, c*d + l), whole blocks only;
 selection block s covers [s*l', (s+1)*l'), the last one possibly cut short by the sequence's end.
-Letters: B batch, T tokens, K keys, G key/value heads (or H query heads), C compressed blocks,
+
+Keys have a count, queries have positions. `num_tokens` is how many tokens there are to look at;
+queries stand at `positions` [*B T], or, in training, at each token: 0 … num_tokens - 1. While
+decoding num_tokens may exceed what a sequence has so far: a causal query sees none of the rest.
+Letters: B batch, T queries, K keys, G key/value heads (or H query heads), C compressed blocks,
 S selection blocks, N selected blocks.
 """
 
@@ -27,6 +31,13 @@ def num_compress_blocks(num_tokens: int, cfg: NSAConfig) -> int:
     return max(0, beyond_first // cfg.compress_block_sliding_stride + 1)
 
 
+def num_compress_blocks_at(num_tokens: Int[Tensor, "*B"], cfg: NSAConfig) -> Int[Tensor, "*B"]:
+    """`num_compress_blocks` of many counts of tokens."""
+    beyond_first = num_tokens - cfg.compress_block_size
+    blocks = beyond_first.div(cfg.compress_block_sliding_stride, rounding_mode="floor") + 1
+    return blocks.clamp(min=0)
+
+
 def num_selection_blocks(num_tokens: int, cfg: NSAConfig) -> int:
     """S. The last block may be short."""
     return -(-num_tokens // cfg.selection_block_size)
@@ -48,16 +59,51 @@ def in_window(t: Tensor, s: Tensor, cfg: NSAConfig) -> Tensor:
     return near & (s <= t) if cfg.causal else near
 
 
-def compress_visible(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Bool[Tensor, "T C"]:
+def compress_block_tokens(c: Int[Tensor, "*B C"], cfg: NSAConfig) -> Int[Tensor, "*B C l"]:
+    """The l tokens of each compressed block c."""
+    token = torch.arange(cfg.compress_block_size, device=c.device)
+    return c[..., None] * cfg.compress_block_sliding_stride + token
+
+
+def query_positions(
+    num_tokens: int, device: Device, positions: Int[Tensor, "*B T"] | None
+) -> Int[Tensor, "*B T"]:
+    """Where queries stand: at `positions`, or at each of `num_tokens` tokens."""
+    return torch.arange(num_tokens, device=device) if positions is None else positions
+
+
+def compress_visible(
+    num_tokens: int,
+    cfg: NSAConfig,
+    device: Device = None,
+    positions: Int[Tensor, "*B T"] | None = None,
+) -> Bool[Tensor, "*B T C"]:
     """`sees_compressed` of every query and compressed block."""
-    c = torch.arange(num_compress_blocks(num_tokens, cfg), device=device)
-    return sees_compressed(torch.arange(num_tokens, device=device)[:, None], c, cfg)
+    t = query_positions(num_tokens, device, positions)[..., None]
+    return sees_compressed(
+        t, torch.arange(num_compress_blocks(num_tokens, cfg), device=t.device), cfg
+    )
 
 
-def sliding_window(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Bool[Tensor, "T K"]:
+def sliding_window(
+    num_tokens: int,
+    cfg: NSAConfig,
+    device: Device = None,
+    positions: Int[Tensor, "*B T"] | None = None,
+) -> Bool[Tensor, "*B T K"]:
     """`in_window` of every query and key."""
-    t = torch.arange(num_tokens, device=device)
-    return in_window(t[:, None], t, cfg)
+    t = query_positions(num_tokens, device, positions)[..., None]
+    return in_window(t, torch.arange(num_tokens, device=t.device), cfg)
+
+
+def ring_positions(num_tokens: Int[Tensor, " B"], size: int) -> Int[Tensor, "B size"]:
+    """Which token each slot of a ring holds after `num_tokens`: t lies in slot t % size.
+
+    Negative in slots that hold none yet.
+    """
+    slot = torch.arange(size, device=num_tokens.device)
+    newest = num_tokens[:, None] - 1
+    return newest - (newest - slot) % size
 
 
 def compress_windows(x: Float[Tensor, "B T G D"], cfg: NSAConfig) -> Float[Tensor, "B G C l D"]:
@@ -80,29 +126,43 @@ def own_block(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Int[Ten
     return torch.arange(num_tokens, device=device) // cfg.selection_block_size
 
 
-def eligible(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Bool[Tensor, "T S"]:
+def eligible(
+    num_tokens: int,
+    cfg: NSAConfig,
+    device: Device = None,
+    positions: Int[Tensor, "*B T"] | None = None,
+) -> Bool[Tensor, "*B T S"]:
     """The selection blocks a query may keep: those that have begun; all, if not causal."""
-    s = torch.arange(num_selection_blocks(num_tokens, cfg), device=device)
-    own = own_block(num_tokens, cfg, device)[:, None]
-    return s <= own if cfg.causal else (s >= 0).expand(num_tokens, -1)
+    own = query_positions(num_tokens, device, positions)[..., None] // cfg.selection_block_size
+    s = torch.arange(num_selection_blocks(num_tokens, cfg), device=own.device)
+    return (s <= own) | (not cfg.causal)
 
 
-def priority(num_tokens: int, cfg: NSAConfig, device: Device = None) -> Int[Tensor, "T S"]:
+def priority(
+    num_tokens: int,
+    cfg: NSAConfig,
+    device: Device = None,
+    positions: Int[Tensor, "*B T"] | None = None,
+) -> Int[Tensor, "*B T S"]:
     """Which blocks are kept whatever they score: OWN, then INITIAL, then the other LOCAL ones.
 
     Forced blocks rank above FREE ones and count towards n; INELIGIBLE blocks are never kept.
     """
-    s = torch.arange(num_selection_blocks(num_tokens, cfg), device=device)
-    before = own_block(num_tokens, cfg, device)[:, None] - s  # blocks between s and the own one
+    own = query_positions(num_tokens, device, positions)[..., None] // cfg.selection_block_size
+    s = torch.arange(num_selection_blocks(num_tokens, cfg), device=own.device)
+    before = own - s  # blocks between s and the own one
     local = (before > 0) & (before < cfg.num_local_blocks)
     rank = torch.full_like(before, FREE).masked_fill(local, LOCAL)
     rank = rank.masked_fill(s < cfg.num_initial_blocks, INITIAL).masked_fill(before == 0, OWN)
-    return rank.masked_fill(~eligible(num_tokens, cfg, device), INELIGIBLE)
+    return rank.masked_fill(~eligible(num_tokens, cfg, device, positions), INELIGIBLE)
 
 
-def causal(num_tokens: int, device: Device = None) -> Bool[Tensor, "T K"]:
+def causal(
+    num_tokens: int, device: Device = None, positions: Int[Tensor, "*B T"] | None = None
+) -> Bool[Tensor, "*B T K"]:
     """A query sees its own token and those before it."""
-    return torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+    t = query_positions(num_tokens, device, positions)[..., None]
+    return torch.arange(num_tokens, device=t.device) <= t
 
 
 def per_block(block_indices: Int[Tensor, "B T G N"], values: Tensor, num_blocks: int) -> Tensor:
@@ -116,7 +176,10 @@ def per_block(block_indices: Int[Tensor, "B T G N"], values: Tensor, num_blocks:
 
 
 def selected_tokens(
-    block_indices: Int[Tensor, "B T G N"], num_tokens: int, cfg: NSAConfig
+    block_indices: Int[Tensor, "B T G N"],
+    num_tokens: int,
+    cfg: NSAConfig,
+    positions: Int[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "B T G K"]:
     """The tokens that lie in a selected block and, if causal, not in the future."""
     device = block_indices.device
@@ -126,7 +189,7 @@ def selected_tokens(
         num_selection_blocks(num_tokens, cfg),
     )
     hit = chosen[..., own_block(num_tokens, cfg, device)]
-    return hit & rearrange(causal(num_tokens, device), "T K -> T 1 K") if cfg.causal else hit
+    return hit & causal(num_tokens, device, positions).unsqueeze(-2) if cfg.causal else hit
 
 
 def keys_per_query(

@@ -15,6 +15,9 @@ D head dimension (Dv of values), C compressed blocks, S selection blocks, N sele
 heads: G, or H where every query head selects for itself.
 Memory keys, Nm of them, stand before the compressed ones. Scores are kept as [B G R T K].
 Softmax and importance are computed in float32 or better, whatever the inputs.
+
+Queries stand at the T tokens that there are, or at `positions` among `num_tokens`: the latter is
+decoding, with keys from a cache.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -54,6 +57,11 @@ def attend(
     return rearrange(out.masked_fill(sees_nothing, 0.0), "B T G R Dv -> B T (G R) Dv"), scores
 
 
+def for_all_heads(mask: Bool[Tensor, "*B T K"]) -> Bool[Tensor, "#B 1 1 T K"]:
+    """A mask as `attend` takes it."""
+    return (mask if mask.ndim == 3 else mask[None])[:, None, None]
+
+
 def compressed_attention(
     q: Float[Tensor, "B T H D"],
     k_cmp: Float[Tensor, "B C G D"],
@@ -61,21 +69,24 @@ def compressed_attention(
     cfg: NSAConfig,
     mem_k: Float[Tensor, "G Nm D"] | None = None,
     mem_v: Float[Tensor, "G Nm Dv"] | None = None,
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
+    num_tokens: int | None = None,
 ) -> tuple[Float[Tensor, "B T H Dv"], Float[Tensor, "B T H"]]:
     """Attention over compressed keys (eq. 7), and the natural-log sum of exponents of its scores.
 
     Memory keys are always visible and take part in both. Where nothing is visible the output is 0
     and lse is -inf. Both are differentiable.
     """
-    mask = blocks.compress_visible(q.shape[1], cfg, q.device)
+    mask = blocks.compress_visible(num_tokens or q.shape[1], cfg, q.device, positions)
     if mem_k is not None and mem_v is not None:
         batch, num_memories = q.shape[0], mem_k.shape[1]
         k_cmp = torch.cat([repeat(mem_k, "G Nm D -> B Nm G D", B=batch), k_cmp], dim=1)
         v_cmp = torch.cat([repeat(mem_v, "G Nm D -> B Nm G D", B=batch), v_cmp], dim=1)
         mask = F.pad(mask, (num_memories, 0), value=True)
-    out, scores = attend(scaled_scores(q, k_cmp), v_cmp, mask[None, None, None])
+    out, scores = attend(scaled_scores(q, k_cmp), v_cmp, for_all_heads(mask))
     lse = scores.to(_at_least_float32(scores)).logsumexp(dim=-1)
-    lse = lse.masked_fill(~mask.any(dim=-1), float("-inf"))
+    lse = lse.masked_fill(~for_all_heads(mask).any(dim=-1), float("-inf"))
     return out, rearrange(lse, "B G R T -> B T (G R)")
 
 
@@ -85,6 +96,9 @@ def block_importance(
     lse: Float[Tensor, "B T H"],
     cfg: NSAConfig,
     shared: bool = True,
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
+    num_tokens: int | None = None,
 ) -> Float[Tensor, "B T J S"]:
     """How much each query makes of each selection block (eq. 8-10); J is G, or H if not shared.
 
@@ -96,18 +110,19 @@ def block_importance(
     Differentiable in q, k_cmp and lse.
     """
     heads = "B G R T C -> B G T C" if shared else "B G R T C -> B (G R) T C"
-    visible = blocks.compress_visible(q.shape[1], cfg, q.device)
+    num_tokens = num_tokens or q.shape[1]
+    visible = for_all_heads(blocks.compress_visible(num_tokens, cfg, q.device, positions))
     scores = scaled_scores(q, k_cmp)
     scores = scores.to(_at_least_float32(scores))
-    overlap = blocks.block_overlap(q.shape[1], cfg, q.device).to(scores)
+    overlap = blocks.block_overlap(num_tokens, cfg, q.device).to(scores)
     with _full_precision(q.device.type):  # a ranking hangs on these sums
         if cfg.importance == "probability_sum":
             lse = rearrange(lse, "B T (G R) -> B G R T 1", G=k_cmp.shape[2])
             p_cmp = (scores - lse).masked_fill(~visible, float("-inf")).exp()
             importance = reduce(p_cmp, heads, "sum") @ overlap
         else:
-            weight = visible.to(scores) @ overlap  # [T S], in strides
-            total = (reduce(scores, heads, "mean") * visible) @ overlap
+            weight = visible[:, 0].to(scores) @ overlap  # [B 1 T S], in strides
+            total = (reduce(scores, heads, "mean") * visible[:, 0]) @ overlap
             mean = total / weight.masked_fill(weight == 0, 1.0)
             importance = mean.masked_fill(weight == 0, torch.finfo(scores.dtype).min)
     return rearrange(importance, "B J T S -> B T J S")
@@ -120,6 +135,9 @@ def select_blocks(
     lse: Float[Tensor, "B T H"],
     cfg: NSAConfig,
     shared: bool = True,
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
+    num_tokens: int | None = None,
 ) -> Int[Tensor, "B T J N"]:
     """The n blocks each query keeps (eq. 11), int32: ascending, distinct, -1 in empty slots.
 
@@ -127,13 +145,24 @@ def select_blocks(
     computed importances are equal. Importances that are equal on paper may differ by the rounding
     of their sums. Always n = cfg.num_selected_blocks wide. Not differentiable.
     """
-    return top_blocks(block_importance(q, k_cmp, lse, cfg, shared), cfg)
+    num_tokens = num_tokens or q.shape[1]
+    importance = block_importance(
+        q, k_cmp, lse, cfg, shared, positions=positions, num_tokens=num_tokens
+    )
+    return top_blocks(importance, cfg, positions=positions, num_tokens=num_tokens)
 
 
-def top_blocks(importance: Float[Tensor, "B T J S"], cfg: NSAConfig) -> Int[Tensor, "B T J N"]:
+def top_blocks(
+    importance: Float[Tensor, "B T J S"],
+    cfg: NSAConfig,
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
+    num_tokens: int | None = None,
+) -> Int[Tensor, "B T J N"]:
     """The blocks that `select_blocks` keeps where these are the importances."""
-    num_tokens, num_blocks = importance.shape[1], importance.shape[-1]
-    rank = blocks.priority(num_tokens, cfg, importance.device)[:, None]
+    num_blocks = importance.shape[-1]
+    rank = blocks.priority(num_tokens or importance.shape[1], cfg, importance.device, positions)
+    rank = rank.unsqueeze(-2)
     forced = rank.to(importance) * (torch.finfo(importance.dtype).max / 4)  # above any importance
     score = torch.where(rank > blocks.FREE, forced, importance)
     score = score.masked_fill(rank == blocks.INELIGIBLE, float("-inf"))
@@ -160,23 +189,25 @@ def selected_importance(
 
 def selected_attention(
     q: Float[Tensor, "B T H D"],
-    k: Float[Tensor, "B T G D"],
-    v: Float[Tensor, "B T G Dv"],
+    k: Float[Tensor, "B K G D"],
+    v: Float[Tensor, "B K G Dv"],
     block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
     block_gates: Float[Tensor, "B T J N"] | None = None,
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H Dv"]:
     """Attention over the tokens of the selected blocks (eq. 12); J is G, or H: a list a query head.
 
     `block_gates` multiply the scores of their block's tokens; gates of value 1 that carry a
     gradient (straight-through) let the loss reach the importances.
     """
-    num_tokens, groups = q.shape[1], k.shape[2]
+    num_tokens, groups = k.shape[1], k.shape[2]
 
     def by_group(x: Tensor) -> Tensor:
         return rearrange(x, "B T (G R) K -> B G R T K", G=groups)
 
-    mask = by_group(blocks.selected_tokens(block_indices, num_tokens, cfg))
+    mask = by_group(blocks.selected_tokens(block_indices, num_tokens, cfg, positions))
     scores = scaled_scores(q, k)
     if block_gates is not None:
         num_blocks = blocks.num_selection_blocks(num_tokens, cfg)
@@ -188,13 +219,23 @@ def selected_attention(
 
 def sliding_window_attention(
     q: Float[Tensor, "B T H D"],
-    k: Float[Tensor, "B T G D"],
-    v: Float[Tensor, "B T G Dv"],
+    k: Float[Tensor, "B K G D"],
+    v: Float[Tensor, "B K G Dv"],
     cfg: NSAConfig,
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
+    key_positions: Int[Tensor, "B K"] | None = None,
 ) -> Float[Tensor, "B T H Dv"]:
-    """Attention over the last w tokens, the query's own included."""
-    mask = blocks.sliding_window(q.shape[1], cfg, q.device)
-    return attend(scaled_scores(q, k), v, mask[None, None, None])[0]
+    """Attention over the last w tokens, the query's own included.
+
+    Keys of a cache come in any order, with their positions; negative ones are no keys.
+    """
+    if positions is None or key_positions is None:
+        mask = blocks.sliding_window(q.shape[1], cfg, q.device)
+    else:
+        s = key_positions[:, None]
+        mask = blocks.in_window(positions[..., None], s, cfg) & (s >= 0)
+    return attend(scaled_scores(q, k), v, for_all_heads(mask))[0]
 
 
 def combine(

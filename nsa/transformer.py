@@ -5,7 +5,7 @@ Letters: B batch, T tokens, M model width, V vocabulary.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle, islice
+from itertools import cycle, islice, repeat
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nsa import blocks
 from nsa.attention import Attention, SparseAttention, WindowAttention
+from nsa.cache import LayerCache, ModelCache
 from nsa.compress_networks import build_compress_network
 
 LAYER_KINDS = ("nsa", "window", "dense")
@@ -50,7 +51,16 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.checkpoint: Callable[..., Tensor] | None = None  # nsa.training.parallel decides
 
-    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
+    def forward(
+        self,
+        tokens: Float[Tensor, "B T M"],
+        cache: LayerCache | None = None,
+        counts: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B T M"]:
+        """`cache` and `counts` as in `SparseAttention.forward`; the cache takes the tokens in."""
+        if cache is not None:
+            tokens = tokens + self.attention(tokens, cache=cache, counts=counts)
+            return tokens + self.feed_forward(tokens)
         if self.checkpoint is None:
             return self._forward(tokens)
         return self.checkpoint(self._forward, tokens)
@@ -167,11 +177,39 @@ class Transformer(nn.Module):
             nn.init.normal_(block.attention.to_out.weight, std=residual_std)
             nn.init.normal_(block.feed_forward.to_out.weight, std=residual_std)
 
-    def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+    def forward(
+        self,
+        ids: Int[Tensor, "B T"],
+        cache: ModelCache | None = None,
+        return_cache: bool = False,
+        *,
+        counts: Int[Tensor, " B"] | None = None,
+        only_last: bool = False,
+    ) -> Any:
+        """Logits [B T V]; with return_cache also the cache of what has been seen so far.
+
+        Args:
+            cache: of the tokens before these, without gradients then; None with return_cache
+                makes an empty one, which grows as tokens come.
+            counts: with a cache, how many of the T tokens each sequence has; the others, at the
+                end, are padding.
+            only_last: give the logits of each sequence's last token alone, [B 1 V].
+        """
+        if cache is None and return_cache:
+            cache = self.empty_cache(*ids.shape)
         tokens = self.embedding(ids)
-        for block in self.layers:
-            tokens = block(tokens)
-        return self.head(self.norm(tokens))
+        for block, kept in zip(self.layers, cache.layers if cache else repeat(None), strict=False):
+            tokens = block(tokens) if kept is None else block(tokens, kept, counts)
+        if only_last and counts is not None:
+            tokens = tokens[torch.arange(len(ids), device=ids.device), counts - 1][:, None]
+        elif only_last:
+            tokens = tokens[:, -1:]
+        logits = self.head(self.norm(tokens))
+        return (logits, cache) if return_cache else logits
+
+    def empty_cache(self, batch: int, capacity: int) -> ModelCache:
+        """A cache of no tokens, with room for `capacity` each of `batch` sequences."""
+        return ModelCache([block.attention.empty_cache(batch, capacity) for block in self.blocks])
 
     @property
     def blocks(self) -> list[Block]:

@@ -1,0 +1,227 @@
+"""Attention of tokens that come after others: keys and values of the others are in a cache.
+
+An empty cache is filled by the layer's own forward pass over the whole prompt; later tokens, one or
+many, attend to the cache. Both give what one forward pass over all tokens would, without gradients.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa import blocks, ops, reference
+from nsa.cache import LayerCache, recall
+from nsa.config import NSAConfig
+from nsa.rotary import angles_at, rotate
+
+if TYPE_CHECKING:
+    from nsa.attention import Attention, Branches, Heads, SparseAttention, WindowAttention
+
+
+def make_room(cache: LayerCache, num_new: int, *, causal: bool) -> None:
+    """Raises ValueError for a layer whose queries would see tokens that are still to come."""
+    if not causal:
+        raise ValueError("causal=False: a cache is for layers whose queries see no later token")
+    if cache.longest + num_new > cache.capacity:
+        cache.reserve(max(cache.longest + num_new, 2 * cache.capacity))
+
+
+@torch.no_grad()
+def sparse_attention(
+    attn: SparseAttention,
+    tokens: Float[Tensor, "B n M"],
+    cache: LayerCache,
+    counts: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B n H D"]:
+    """The gated sum of the branches for tokens after those of the cache, which takes them in."""
+    if not cache.longest:
+        make_room(cache, tokens.shape[1], causal=attn.cfg.causal)
+        heads = attn.split_heads(tokens)
+        x = attn.compress_and_rotate(heads)
+        remember(attn, cache, heads, (x.k_slc, x.v_slc, x.k_win, x.v_win), counts)
+        write_compressed(cache, x.k_cmp, x.v_cmp)
+        cache.advance(tokens.shape[1], counts)
+        return attn.gated_sum(x)
+    compressed, selected, sliding, gates, _ = sparse_branches(attn, tokens, cache, counts)
+    return ops.combine(gates, compressed, selected, sliding)
+
+
+@torch.no_grad()
+def sparse_branches(
+    attn: SparseAttention,
+    tokens: Float[Tensor, "B n M"],
+    cache: LayerCache,
+    counts: Int[Tensor, " B"] | None = None,
+) -> Branches:
+    """`SparseAttention.branches` of tokens after those of the cache, which takes them in."""
+    from nsa.attention import Branches
+
+    num_new, cfg = tokens.shape[1], attn.cfg
+    make_room(cache, num_new, causal=attn.cfg.causal)
+    heads = attn.split_heads(tokens)
+    positions = cache.positions(num_new)
+    angles = angles_at(positions, attn.dim_head, base=attn.rope_base)
+    q, q_rot = heads.q, rotate(heads.q, angles)
+    k_win, v_win = rotate(heads.k_win, angles), heads.v_win
+    sliding = attend_to_window(q_rot, k_win, v_win, cache, cfg)
+    compress_whole_blocks(attn, cache, heads)
+    rotated = (rotate(heads.k_slc, angles), heads.v_slc, k_win, v_win)
+    remember(attn, cache, heads, rotated, counts)
+    cache.advance(num_new, counts)
+
+    num_tokens = cache.longest
+    C = blocks.num_compress_blocks(num_tokens, cfg)
+    kept = [x[:, :C] for x in cache["compressed"]]
+    k_cmp, v_cmp = kept[0], kept[-1]  # where only the lse counts, values do not matter
+    at = {"positions": positions, "num_tokens": num_tokens}
+    compressed, lse = reference.compressed_attention(q, k_cmp, v_cmp, cfg, *attn.memory(q), **at)
+    if not attn.compressed_output:
+        compressed = torch.zeros_like(q)
+    indices = reference.select_blocks(q, k_cmp, lse, cfg, attn.shared_selection, **at)
+    selected = torch.zeros_like(q)
+    if cfg.num_selected_blocks:
+        k_slc, v_slc = (x[:, :num_tokens] for x in cache["selected"])
+        selected = reference.selected_attention(
+            q_rot, k_slc, v_slc, indices, cfg, positions=positions
+        )
+    return Branches(compressed, selected, sliding, heads.gates, indices)
+
+
+def attend_to_window(
+    q: Float[Tensor, "B n H D"],
+    k: Float[Tensor, "B n G D"],
+    v: Float[Tensor, "B n G D"],
+    cache: LayerCache,
+    cfg: NSAConfig,
+) -> Float[Tensor, "B n H D"]:
+    """The window of new tokens, which the ring does not hold yet."""
+    positions = cache.positions(q.shape[1])
+    held = blocks.ring_positions(cache.lengths, cfg.sliding_window_size)
+    old_k, old_v = cache["window"]
+    return reference.sliding_window_attention(
+        q, torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), cfg,
+        positions=positions, key_positions=torch.cat([held, positions], dim=1),
+    )  # fmt: skip
+
+
+def remember(
+    attn: SparseAttention,
+    cache: LayerCache,
+    heads: Heads,
+    rotated: tuple[Tensor, Tensor, Tensor, Tensor],
+    counts: Int[Tensor, " B"] | None,
+) -> None:
+    """Put new tokens into the parts that hold tokens; the cache does not count them yet."""
+    k_slc, v_slc, k_win, v_win = rotated
+    num_new = k_slc.shape[1]
+    after = cache.lengths + (num_new if counts is None else counts)
+    if attn.cfg.num_selected_blocks:
+        cache.write("selected", (k_slc, v_slc), cache.positions(num_new))
+    cache.push("window", (k_win, v_win), after)
+    cache.push("tail", (heads.k_cmp, heads.v_cmp), after)
+
+
+def write_compressed(
+    cache: LayerCache, k_cmp: Float[Tensor, "B C G D"], v_cmp: Float[Tensor, "B C G D"]
+) -> None:
+    """The first blocks of an empty cache; those with padding in them are rewritten once whole."""
+    for kept, x in zip(cache["compressed"], (k_cmp, v_cmp), strict=False):
+        kept[:, : x.shape[1]] = x
+
+
+def compress_whole_blocks(attn: SparseAttention, cache: LayerCache, heads: Heads) -> None:
+    """Compress the blocks that end among new tokens, which the ring does not hold yet.
+
+    As many are computed for every sequence. Those that are not whole get a place that no query
+    sees before it is written again.
+    """
+    cfg, num_new = attn.cfg, heads.q.shape[1]
+    first = blocks.num_compress_blocks_at(cache.lengths, cfg)
+    if first.device.type == "cpu":  # where a look at the lengths makes nobody wait
+        most = int((blocks.num_compress_blocks_at(cache.lengths + num_new, cfg) - first).max())
+    else:
+        most = -(-num_new // cfg.compress_block_sliding_stride)
+    if not most:
+        return
+    c = first[:, None] + torch.arange(most, device=first.device)
+    wanted = blocks.compress_block_tokens(c, cfg)  # [B most l]
+    new = (heads.k_cmp, heads.v_cmp)
+    networks = (attn.compress_k, attn.compress_v)
+    compressed = []
+    for ring, x, network in zip(cache["tail"], new, networks, strict=False):
+        tokens = recall(ring, x, cache.lengths, wanted.flatten(1))
+        tokens = rearrange(tokens, "B (c l) G D -> (B c) l G D", c=most)
+        assert network is not None
+        compressed.append(rearrange(network(tokens), "(B c) 1 G D -> B c G D", c=most))
+    last = cache["compressed"].k.shape[1] - 1
+    cache.write("compressed", compressed, c.clamp(max=last))
+
+
+@torch.no_grad()
+def window_attention(
+    attn: WindowAttention,
+    tokens: Float[Tensor, "B n M"],
+    cache: LayerCache,
+    counts: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B n H D"]:
+    """Sliding-window attention of normed tokens after those of the cache, which takes them in."""
+    from nsa.attention import rotated_qkv
+
+    num_new, cfg = tokens.shape[1], attn.cfg
+    make_room(cache, num_new, causal=attn.cfg.causal)
+    positions = cache.positions(num_new)
+    if not cache.longest:
+        q, k, v = rotated_qkv(attn, tokens, attn.backend)
+        out = ops.sliding_window_attention(q, k, v, cfg, backend=attn.backend)
+    else:
+        q, k, v = rotated_qkv(attn, tokens, attn.backend, positions)
+        out = attend_to_window(q, k, v, cache, cfg)
+    cache.push("window", (k, v), cache.lengths + (num_new if counts is None else counts))
+    cache.advance(num_new, counts)
+    return out
+
+
+@torch.no_grad()
+def dense_attention(
+    attn: Attention,
+    tokens: Float[Tensor, "B n M"],
+    cache: LayerCache,
+    counts: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B n H D"]:
+    """Dense attention of normed tokens after those of the cache, which takes them in."""
+    from nsa.attention import rotated_qkv
+
+    num_new = tokens.shape[1]
+    make_room(cache, num_new, causal=attn.causal)
+    positions = cache.positions(num_new)
+    is_first = not cache.longest
+    q, k, v = rotated_qkv(attn, tokens, "reference", None if is_first else positions)
+    cache.write("dense", (k, v), positions)
+    cache.advance(num_new, counts)
+    if is_first:
+        return scaled_dot_product(q, k, v, causal=True)
+    k, v = (x[:, : cache.longest] for x in cache["dense"])
+    mask = blocks.causal(k.shape[1], k.device, positions)[:, None]
+    return scaled_dot_product(q, k, v, mask=mask)
+
+
+def scaled_dot_product(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B K G D"],
+    v: Float[Tensor, "B K G D"],
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> Float[Tensor, "B T H D"]:
+    """PyTorch's attention on our layout."""
+    grouped = k.shape[2] < q.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)

@@ -1,0 +1,172 @@
+"""Decoding with a cache gives what one forward pass over all tokens gives, selections included."""
+
+import pytest
+import torch
+from test_transformer import ATTENTION as SIZES
+from torch import Tensor, nn
+
+from nsa.attention import Attention, SparseAttention, WindowAttention
+from nsa.cache import LayerCache
+from nsa.compress_networks import build_compress_network
+from nsa.transformer import Transformer
+
+M, D, H, G = 24, 6, 4, 2
+W, L, STRIDE, BLOCK, N = 7, 6, 4, 8, 3
+T = 45
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """No parameter at its initial zero or one: gates, positions, memory keys, biases."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for x in module.parameters():
+            x.copy_(torch.randn(x.shape, generator=generator) * (0.5 if x.ndim < 2 else 0.3))
+    return module.double()
+
+
+def sparse(phi: str = "attention_pool", **options) -> SparseAttention:
+    options = {"backend": "reference", "num_compressed_mem_kv": 2} | options
+    network = build_compress_network(phi, dim_head=D, kv_heads=G, compress_block_size=L)
+    layer = SparseAttention(
+        M, D, H, W, L, STRIDE, BLOCK, N, kv_heads=G, compress_mlp=network, **options
+    )
+    return randomised(layer)
+
+
+def tokens(batch: int = 2, length: int = T) -> Tensor:
+    return torch.randn(batch, length, M, dtype=torch.float64)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+
+
+OPTIONS = {
+    "paper": {},
+    "diff_topk": dict(use_diff_topk=True),
+    "per_head": dict(query_heads_share_selected_kv=False),
+    "shared_kv": dict(kv_per_branch=False),
+    "no_output": dict(compressed_output=False, use_diff_topk=True, num_compressed_mem_kv=0),
+    "logit_mean": dict(importance="logit_mean"),
+    "no_memory": dict(num_compressed_mem_kv=0),
+    "no_initial": dict(num_initial_blocks=0, num_local_blocks=1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_token_by_token_equals_the_forward_pass(name: str) -> None:
+    attn, x = sparse(**OPTIONS[name]), tokens()
+    want, branches = attn(x), attn.branches(x)
+    out, cache = attn(x[:, :3], return_cache=True)  # shorter than any block
+    got, indices = [out], [branches.block_indices[:, :3]]
+    for t in range(3, T):
+        if t % 2:
+            out, cache = attn(x[:, t : t + 1], cache=cache, return_cache=True)
+            indices.append(branches.block_indices[:, t : t + 1])
+        else:
+            b = attn.branches(x[:, t : t + 1], cache)
+            parts = b.compressed, b.selected, b.sliding
+            out = attn.to_out(
+                sum(
+                    g[..., None] * p for g, p in zip(b.gates.unbind(-1), parts, strict=True)
+                ).flatten(-2)
+            )
+            indices.append(b.block_indices)
+        got.append(out)
+    close(torch.cat(got, 1), want)
+    assert torch.equal(torch.cat(indices, 1), branches.block_indices)
+    assert cache.lengths.tolist() == [T, T]
+
+
+@pytest.mark.parametrize(
+    "phi",
+    ["mlp", "grouped_mlp", "single_projection", "conv_linear", "compress_transformer", "mean_pool"],
+)
+def test_every_compress_network(phi: str) -> None:
+    attn, x = sparse(phi), tokens(1)
+    out, cache = attn(x[:, :9], return_cache=True)
+    rest = [attn(x[:, t : t + 1], cache=cache) for t in range(9, T)]
+    close(torch.cat([out, *rest], 1), attn(x))
+
+
+@pytest.mark.parametrize("prompt", range(1, 2 * BLOCK + 2))
+def test_every_prompt_length_and_several_tokens_a_call(prompt: int) -> None:
+    """All residues of d, l, l' and w; then calls of 1, 2, 5, 11 tokens and the rest."""
+    attn, x = sparse(), tokens(1)
+    want = attn.branches(x).block_indices
+    _, cache = attn(x[:, :prompt], return_cache=True)
+    outs, start = [], prompt
+    for size in (1, 2, 5, 11, T):
+        outs.append(attn(x[:, start : start + size], cache=cache))
+        start += size
+    close(torch.cat(outs, 1), attn(x)[:, prompt:])
+    again = attn.empty_cache(1, 4)
+    attn(x[:, :prompt], cache=again)
+    got = attn.branches(x[:, prompt:], again).block_indices
+    assert torch.equal(got, want[:, prompt:])
+
+
+@pytest.mark.parametrize("kind", ["nsa", "window", "dense"])
+def test_prompts_of_different_lengths(kind: str) -> None:
+    layers = {
+        "nsa": sparse,
+        "window": lambda: randomised(WindowAttention(M, D, H, W, G, backend="reference")),
+        "dense": lambda: randomised(Attention(M, D, H, G, output_gate=True)),
+    }
+    attn, x = layers[kind](), tokens(4)
+    lengths = torch.tensor([1, 5, 17, 30])
+    cache: LayerCache = attn.empty_cache(4, 30)
+    attn(x[:, :30], cache=cache, counts=lengths)
+    assert torch.equal(cache.lengths, lengths)
+    want = attn(x)
+    for step in range(10):
+        at = lengths + step
+        row = torch.arange(4)
+        out = attn(x[row, at][:, None], cache=cache)
+        close(out[:, 0], want[row, at])
+
+
+def test_no_selection_and_short_sequences() -> None:
+    attn = randomised(
+        SparseAttention(M, D, H, W, L, STRIDE, BLOCK, 0, kv_heads=G, backend="reference")
+    )
+    x = tokens(1, 20)
+    out, cache = attn(x[:, :1], return_cache=True)
+    rest = [attn(x[:, t : t + 1], cache=cache) for t in range(1, 20)]
+    close(torch.cat([out, *rest], 1), attn(x))
+    assert cache.bytes()["selected"] == 0
+
+
+def test_a_whole_model_of_mixed_layers() -> None:
+    attention = SIZES | {"num_compressed_mem_kv": 1, "compress_network": "attention_pool"}
+    model = Transformer(
+        31, 16, 3, 4, 4, kv_heads=2, seq_len=64, attention=attention,
+        layer_pattern=("nsa", "window", "dense"),
+    )  # fmt: skip
+    model = randomised(model)
+    ids = torch.randint(31, (2, 50))
+    want = model(ids)
+    logits, cache = model(ids[:, :20], return_cache=True)
+    close(logits, want[:, :20])
+    chunk, cache = model(ids[:, 20:40], cache=cache, return_cache=True)
+    close(chunk, want[:, 20:40])
+    for t in range(40, 50):
+        logits, cache = model(ids[:, t : t + 1], cache=cache, return_cache=True)
+        close(logits, want[:, t : t + 1])
+    last = model(ids, cache=model.empty_cache(2, 50), only_last=True)
+    close(last, want[:, -1:])
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    cache = sparse().empty_cache(2, 100)
+    row = 2 * 2 * G * D * 8  # two sequences, keys and values, float64
+    blocks = (100 - L) // STRIDE + 1
+    assert cache.bytes() == {
+        "selected": 100 * row, "compressed": (blocks + 1) * row, "tail": L * row, "window": W * row
+    }  # fmt: skip
+
+
+def test_a_layer_that_looks_ahead_has_no_cache() -> None:
+    attn = sparse(causal=False)
+    with pytest.raises(ValueError, match="causal=False"):
+        attn(tokens(1, 4), return_cache=True)
