@@ -4,9 +4,9 @@
 its sliding-window and dense counterparts. Letters as in `nsa.reference`; M is the model's width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,46 +17,8 @@ from nsa import decoding, ops
 from nsa.cache import LayerCache, dense_cache, sparse_cache, window_cache
 from nsa.compress_networks import BlockCompressor, CompressMLP
 from nsa.config import NSAConfig
+from nsa.heads import Branches, Heads, Projected
 from nsa.rotary import angles_at, rotary_angles, rotate
-
-
-class Branches(NamedTuple):
-    """What each branch of `SparseAttention` gives, before the gates weigh it."""
-
-    compressed: Float[Tensor, "B T H D"]
-    selected: Float[Tensor, "B T H D"]
-    sliding: Float[Tensor, "B T H D"]
-    gates: Float[Tensor, "B T H 3"]  # 0 to 1, of compressed, selected, sliding
-    block_indices: Int[Tensor, "B T J N"]  # int32, -1 in empty slots; J is G, or H if not shared
-
-
-class Projected(NamedTuple):
-    """What `SparseAttention` computes its branches and their sum from."""
-
-    q: Float[Tensor, "B T H D"]
-    k_cmp: Float[Tensor, "B C G D"]
-    v_cmp: Float[Tensor, "B C G D"]
-    mem_k: Float[Tensor, "G Nm D"] | None
-    mem_v: Float[Tensor, "G Nm D"] | None
-    q_rot: Float[Tensor, "B T H D"]
-    k_slc: Float[Tensor, "B T G D"]
-    v_slc: Float[Tensor, "B T G D"]
-    k_win: Float[Tensor, "B T G D"]
-    v_win: Float[Tensor, "B T G D"]
-    gates: Float[Tensor, "B T H 3"]
-
-
-class Heads(NamedTuple):
-    """Tokens as `SparseAttention` projects them: nothing rotated, nothing compressed."""
-
-    q: Float[Tensor, "B T H D"]
-    k_cmp: Float[Tensor, "B T G D"]
-    v_cmp: Float[Tensor, "B T G D"]
-    k_slc: Float[Tensor, "B T G D"]
-    v_slc: Float[Tensor, "B T G D"]
-    k_win: Float[Tensor, "B T G D"]
-    v_win: Float[Tensor, "B T G D"]
-    gates: Float[Tensor, "B T H 3"]
 
 
 class SparseAttention(nn.Module):
@@ -341,7 +303,9 @@ class Attention(nn.Module):
             q, k, v = rotated_qkv(self, tokens, "reference")
             return self._gated(tokens, decoding.scaled_dot_product(q, k, v, causal=self.causal))
         cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
-        out = self._gated(tokens, decoding.dense_attention(self, tokens, cache, counts))
+        project = partial(rotated_qkv, self, tokens, "reference")
+        decoding.make_room(cache, tokens.shape[1], causal=self.causal)
+        out = self._gated(tokens, decoding.dense_attention(project, cache, counts))
         return (out, cache) if return_cache else out
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
@@ -398,7 +362,10 @@ class WindowAttention(nn.Module):
             out = ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)
             return self.to_out(out.flatten(-2))
         cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
-        out = self.to_out(decoding.window_attention(self, tokens, cache, counts).flatten(-2))
+        project = partial(rotated_qkv, self, tokens, self.backend)
+        decoding.make_room(cache, tokens.shape[1], causal=self.cfg.causal)
+        out = decoding.window_attention(project, cache, self.cfg, counts, backend=self.backend)
+        out = self.to_out(out.flatten(-2))
         return (out, cache) if return_cache else out
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
@@ -421,13 +388,13 @@ def rotated_qkv(
     attn: Attention | WindowAttention,
     tokens: Float[Tensor, "B T M"],
     backend: str,
-    positions: Int[Tensor, "B T"] | None = None,
+    positions: Callable[[int], Int[Tensor, "B T"]] | None = None,
 ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G D"]]:
     """Queries, keys and values of normed tokens that stand at `positions`, or at 0 … T - 1."""
     q = rearrange(attn.to_q(tokens), "B T (H D) -> B T H D", H=attn.heads)
     k, v = rearrange(attn.to_kv(tokens), "B T (P G D) -> P B T G D", P=2, G=attn.kv_heads)
     if positions is not None:
-        angles = angles_at(positions, attn.dim_head, base=attn.rope_base)
+        angles = angles_at(positions(tokens.shape[1]), attn.dim_head, base=attn.rope_base)
         return rotate(q, angles), rotate(k, angles), v
     angles = rotary_angles(
         tokens.shape[1], attn.dim_head, base=attn.rope_base, device=tokens.device

@@ -4,9 +4,8 @@ An empty cache is filled by the layer's own forward pass over the whole prompt; 
 many, attend to the cache. Both give what one forward pass over all tokens would, without gradients.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,12 @@ from torch import Tensor
 from nsa import blocks, ops, reference
 from nsa.cache import LayerCache, recall
 from nsa.config import NSAConfig
+from nsa.heads import Branches, Heads
 from nsa.rotary import angles_at, rotate
 
-if TYPE_CHECKING:
-    from nsa.attention import Attention, Branches, Heads, SparseAttention, WindowAttention
+# Queries, keys and values of a layer's new tokens, which stand where a function of their number
+# says; None: at 0, 1, …
+Project = Callable[[Callable[[int], Tensor] | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def make_room(cache: LayerCache, num_new: int, *, causal: bool) -> None:
@@ -33,7 +34,7 @@ def make_room(cache: LayerCache, num_new: int, *, causal: bool) -> None:
 
 @torch.no_grad()
 def sparse_attention(
-    attn: SparseAttention,
+    attn: Any,
     tokens: Float[Tensor, "B n M"],
     cache: LayerCache,
     counts: Int[Tensor, " B"] | None = None,
@@ -53,14 +54,12 @@ def sparse_attention(
 
 @torch.no_grad()
 def sparse_branches(
-    attn: SparseAttention,
+    attn: Any,
     tokens: Float[Tensor, "B n M"],
     cache: LayerCache,
     counts: Int[Tensor, " B"] | None = None,
 ) -> Branches:
     """`SparseAttention.branches` of tokens after those of the cache, which takes them in."""
-    from nsa.attention import Branches
-
     num_new, cfg = tokens.shape[1], attn.cfg
     make_room(cache, num_new, causal=attn.cfg.causal)
     heads = attn.split_heads(tokens)
@@ -110,7 +109,7 @@ def attend_to_window(
 
 
 def remember(
-    attn: SparseAttention,
+    attn: Any,
     cache: LayerCache,
     heads: Heads,
     rotated: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -134,7 +133,7 @@ def write_compressed(
         kept[:, : x.shape[1]] = x
 
 
-def compress_whole_blocks(attn: SparseAttention, cache: LayerCache, heads: Heads) -> None:
+def compress_whole_blocks(attn: Any, cache: LayerCache, heads: Heads) -> None:
     """Compress the blocks that end among new tokens, which the ring does not hold yet.
 
     As many are computed for every sequence. Those that are not whole get a place that no query
@@ -164,23 +163,21 @@ def compress_whole_blocks(attn: SparseAttention, cache: LayerCache, heads: Heads
 
 @torch.no_grad()
 def window_attention(
-    attn: WindowAttention,
-    tokens: Float[Tensor, "B n M"],
+    project: Project,
     cache: LayerCache,
+    cfg: NSAConfig,
     counts: Int[Tensor, " B"] | None = None,
+    *,
+    backend: str,
 ) -> Float[Tensor, "B n H D"]:
-    """Sliding-window attention of normed tokens after those of the cache, which takes them in."""
-    from nsa.attention import rotated_qkv
-
-    num_new, cfg = tokens.shape[1], attn.cfg
-    make_room(cache, num_new, causal=attn.cfg.causal)
-    positions = cache.positions(num_new)
+    """Sliding-window attention of tokens after those of the cache, which takes them in."""
     if not cache.longest:
-        q, k, v = rotated_qkv(attn, tokens, attn.backend)
-        out = ops.sliding_window_attention(q, k, v, cfg, backend=attn.backend)
+        q, k, v = project(None)
+        out = ops.sliding_window_attention(q, k, v, cfg, backend=backend)
     else:
-        q, k, v = rotated_qkv(attn, tokens, attn.backend, positions)
+        q, k, v = project(cache.positions)
         out = attend_to_window(q, k, v, cache, cfg)
+    num_new = q.shape[1]
     cache.push("window", (k, v), cache.lengths + (num_new if counts is None else counts))
     cache.advance(num_new, counts)
     return out
@@ -188,21 +185,14 @@ def window_attention(
 
 @torch.no_grad()
 def dense_attention(
-    attn: Attention,
-    tokens: Float[Tensor, "B n M"],
-    cache: LayerCache,
-    counts: Int[Tensor, " B"] | None = None,
+    project: Project, cache: LayerCache, counts: Int[Tensor, " B"] | None = None
 ) -> Float[Tensor, "B n H D"]:
-    """Dense attention of normed tokens after those of the cache, which takes them in."""
-    from nsa.attention import rotated_qkv
-
-    num_new = tokens.shape[1]
-    make_room(cache, num_new, causal=attn.causal)
-    positions = cache.positions(num_new)
+    """Dense attention of tokens after those of the cache, which takes them in."""
     is_first = not cache.longest
-    q, k, v = rotated_qkv(attn, tokens, "reference", None if is_first else positions)
+    q, k, v = project(None if is_first else cache.positions)
+    positions = cache.positions(q.shape[1])
     cache.write("dense", (k, v), positions)
-    cache.advance(num_new, counts)
+    cache.advance(q.shape[1], counts)
     if is_first:
         return scaled_dot_product(q, k, v, causal=True)
     k, v = (x[:, : cache.longest] for x in cache["dense"])
