@@ -1,9 +1,9 @@
 """Speed and memory of a training step: `python -m benchmarks.train_step --help`.
 
 The twins nsa, dense and window of conf/model, by length at a constant number of tokens a step, on
-each backend: as it is, `compiled` (block by block, as train.py does with compile=true), or as CUDA
-`graphs` (compile=reduce-overhead). `example` is the model that native-sparse-attention-pytorch
-trains in its own example: 8192 tokens a step.
+each backend: as it is, `compiled` (block by block, as train.py does with compile=true), or compiled
+and replayed as CUDA `graphs` (compile=reduce-overhead). `example` is the model that
+native-sparse-attention-pytorch trains in its own example: 8192 tokens a step.
 
 A step is forward, backward, clipping and a fused AdamW, in bf16 autocast on a GPU. `gpu_busy` is
 the share of it in which the GPU works; the rest waits for the host. Rows go to results.csv.
@@ -12,7 +12,6 @@ the share of it in which the GPU works; the rest waits for the host. Rows go to 
 import argparse
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,10 @@ EXAMPLE = (  # what differs from nsa_small
     "attention.selection_block_size=16",
     "attention.num_selected_blocks=4",
 )
-COMPILE = {"compiled": True, "graphs": cuda_graphs.MODE}  # how a job's name ends: train.py's option
+COMPILE = {
+    "compiled": True,
+    "graphs": parallel.REPLAYED,
+}  # how a job's name ends: train.py's option
 BACKENDS_AT_MOST = {"reference": 4096}  # tokens: its memory grows with T x T
 
 
@@ -86,7 +88,7 @@ def jobs_of(size: str, options: argparse.Namespace) -> list[Job]:
 def ways(options: argparse.Namespace) -> list[str]:
     """Of `COMPILE`, those that the device has."""
     on_gpu = options.device.type == "cuda"
-    return [how for how in COMPILE if on_gpu or COMPILE[how] != cuda_graphs.MODE]
+    return [how for how in COMPILE if on_gpu or COMPILE[how] != parallel.REPLAYED]
 
 
 def model_options(size: str, kind: str, backend: str, tokens: int) -> dict[str, Any]:
@@ -136,29 +138,29 @@ class Step:
         replays_graphs: bool = False,
     ) -> None:
         self.model, self.device = model.to(device), device
-        self.replays_graphs = replays_graphs
         self.optimizer = adamw(self.model, **optimizer)
-        self.zero_gradients()
         shape = (batch, model.seq_len + 1)
         self.tokens = torch.randint(model.embedding.num_embeddings, shape, device=device)
+        self.gradients = cuda_graphs.GradientBuffer(self.model.parameters())
+        self.gradients.zero()
+        self.learn: cuda_graphs.Learn = self._learn
+        if replays_graphs:
+            self.learn = cuda_graphs.MicroBatchGraph(self._learn, {"tokens": self.tokens})
 
     def __call__(self) -> torch.Tensor:
-        on_gpu = self.device.type == "cuda"
-        graphs = cuda_graphs.forward_pass() if self.replays_graphs else nullcontext()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu), graphs:
-            nats, count, _ = label_sums(self.model, self.tokens)
-            loss = nats / count
-        loss.backward()
+        self.gradients.zero()
+        loss = self.learn({"tokens": self.tokens})
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.zero_gradients()
-        return loss.detach()
+        return loss
 
-    def zero_gradients(self) -> None:
-        if self.replays_graphs:
-            cuda_graphs.zero_gradients(self.optimizer)
-        else:
-            self.optimizer.zero_grad()
+    def _learn(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+            sums = label_sums(self.model, batch["tokens"])
+            loss = sums.nats / sums.labels
+        loss.backward()
+        return loss.detach()
 
 
 def build(size: str, job: Job, options: argparse.Namespace, depth: int | None = None) -> Step:
@@ -170,7 +172,7 @@ def build(size: str, job: Job, options: argparse.Namespace, depth: int | None = 
     compile = COMPILE[how[0]] if how else False
     torch._dynamo.reset()  # each model and length is a program of its own; frees the last graphs
     parallel.compile_blocks(model, compile)
-    graphs = compile == cuda_graphs.MODE
+    graphs = compile == parallel.REPLAYED
     batch = batch_size(size, job[1], options)
     return Step(model, built["optimizer"], batch, options.device, graphs)
 

@@ -153,7 +153,7 @@ def count(graph, inputs):
     programs.append(graph)
     return graph.forward
 
-nn.Module.compile = lambda block, mode: compiled(block, backend=count)
+nn.Module.compile = lambda block: compiled(block, backend=count)
 kinds = {"layer_pattern": ["nsa", "window", "dense"], "depth": 3}
 model = Transformer(**{key: MODEL[key] for key in MODEL if key != "name"} | kinds)
 parallel.compile_blocks(model, True)

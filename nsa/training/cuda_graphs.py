@@ -1,53 +1,123 @@
-"""What a training step owes to blocks that are replayed as CUDA graphs: marks and buffers.
+"""Micro-batches without the host: forward pass, loss and backward pass as one CUDA graph.
 
-A graph writes its results, gradients included, where it wrote them the last time: what is to be
-kept beyond the next forward pass has to lie elsewhere.
+The host launches a graph in the time of one kernel, however many kernels it holds. A graph reads
+and writes where it did when it was recorded: the tokens are copied into an array of their own, and
+gradients add up in arrays that stay (`GradientBuffer`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
+import lightning as L
 import torch
-from torch.optim import Optimizer
+import torch.distributed as dist
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
 
-MODE = "reduce-overhead"  # of torch.compile: the one that records CUDA graphs
+from nsa.training.parallel import REPLAYED
+from nsa.training.replicas import ReplicaStrategy
+
+Learn = Callable[[dict[str, Tensor]], Tensor]  # from a micro-batch: gradients, and figures of it
+WARM_UP = 3  # passes before recording: they compile, choose algorithms and fill caches
+ALIGNMENT = 64  # numbers: every gradient begins on a boundary of 128 bytes or more
 
 
-def check_device(device: torch.device, *, distributed: bool) -> None:
-    """Raises ValueError for devices that graphs have never been run on."""
+class GradientBuffer:
+    """One array a dtype that all gradients are views of: zeroed, or summed over ranks, at once."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.views: list[tuple[nn.Parameter, Tensor]] = []
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            if parameter.requires_grad:
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        self.arrays = [self._lay_out(alike) for alike in by_dtype.values()]
+
+    def _lay_out(self, parameters: list[nn.Parameter]) -> Tensor:
+        sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+        array = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+        for parameter, part in zip(parameters, array.split(sizes), strict=True):
+            view = part[: parameter.numel()].view(parameter.shape)
+            self.views.append((parameter, view))
+        return array
+
+    def zero(self) -> None:
+        """Begin a step: gradients that were dropped, as Lightning drops them, come back too."""
+        for parameter, view in self.views:
+            parameter.grad = view
+        for array in self.arrays:
+            array.zero_()
+
+    def sum_over_ranks(self) -> None:
+        for array in self.arrays:
+            dist.all_reduce(array)
+
+
+class MicroBatchGraph:
+    """A function of a micro-batch that adds to gradients, replayed as a CUDA graph.
+
+    Recording leaves no trace in random numbers; gradients are junk after it. Dropout draws from
+    PyTorch's generator as it stands at each replay. A batch of other shapes than the recorded one
+    goes through the function itself.
+
+    Args:
+        learn: must launch the same kernels on the same arrays each time, and ask for no value.
+        batch: an example, on the GPU.
+
+    Raises:
+        RuntimeError: if PyTorch or a kernel cannot be recorded.
+    """
+
+    def __init__(self, learn: Learn, batch: dict[str, Tensor]) -> None:
+        self._learn = learn
+        self._batch = {name: array.clone() for name, array in batch.items()}
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.random.fork_rng([batch["tokens"].device]):
+            self._record()
+
+    def _record(self) -> None:
+        stream = torch.cuda.Stream()  # of recording too: autograd notes where a gradient belongs
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._learn(self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph has a pool of its own
+        # Only this thread must not disturb: loaders pin memory in others.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._figures = self._learn(self._batch)
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        if shapes(batch) != shapes(self._batch):
+            return self._learn(batch)
+        for name, array in batch.items():
+            self._batch[name].copy_(array)
+        self._graph.replay()
+        return self._figures.clone()
+
+
+def shapes(batch: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: array.shape for name, array in batch.items()}
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ValueError for devices that have no CUDA graphs."""
     if device.type != "cuda":
         raise ValueError(
-            f"compile={MODE} records CUDA graphs and needs a GPU, not device {device.type}: "
+            f"compile={REPLAYED} records CUDA graphs and needs a GPU, not device {device.type}: "
             "set compile=true or compile=false"
         )
-    if distributed:
-        raise ValueError(
-            f"compile={MODE} trains on one GPU, without a strategy for several: set compile=true, "
-            "or trainer=gpu trainer.devices=1"
-        )
 
 
-@contextmanager
-def forward_pass() -> Iterator[None]:
-    """The forward pass of a micro-batch: from here on, results of the last one may be overwritten.
-
-    Never in inference mode, in which Lightning tests: PyTorch would record all graphs anew there,
-    and training could not update the random state of one that came first.
-    """
-    learning = torch.is_grad_enabled()
-    torch.compiler.cudagraph_mark_step_begin()
-    with torch.inference_mode(False), torch.set_grad_enabled(learning):
-        yield
-
-
-def zero_gradients(optimizer: Optimizer) -> None:
-    """In place, and made where there are none: so that autograd adds to them, outside the graphs.
-
-    It would keep a graph's result as the gradient of a parameter that has none, and the next graph
-    would write over it. Lightning drops gradients before every validation.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-    optimizer.zero_grad(set_to_none=False)
+def obstacle(trainer: L.Trainer, *, recomputes: bool, dropout: float) -> str | None:
+    """Why a trainer's steps cannot be replayed as graphs; None where they can."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | ReplicaStrategy):
+        return f"the hooks of {type(strategy).__name__} run on the host, in every layer"
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        return f"precision={trainer.precision} scales the loss by a number that the host changes"
+    if torch.is_anomaly_enabled():
+        return "trainer.detect_anomaly=true looks at every operation"
+    if recomputes and dropout:
+        return "activation_checkpointing with dropout asks the host for the random state"
+    return None

@@ -6,7 +6,6 @@ The only file under nsa/ that knows Lightning. Letters: B batch, T tokens.
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int, Num
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
@@ -49,8 +49,8 @@ class NSALightningModule(L.LightningModule):
         model: arguments of `Transformer`, and `name`.
         optimizer: lr, betas, eps, weight_decay, fused (see `adamw`).
         scheduler: `name` of a schedule in `SCHEDULES`, and its arguments.
-        compile: compile the blocks in place when training starts; of `parallel.COMPILE`; "auto" is
-            `parallel.resolve_compile`'s.
+        compile: compile the blocks in place when training starts, and replay micro-batches as CUDA
+            graphs; of `parallel.COMPILE`; "auto" is `parallel.resolve_compile`'s.
         activation_checkpointing: what the backward pass recomputes, of `parallel.KEPT`.
 
     Raises:
@@ -76,15 +76,20 @@ class NSALightningModule(L.LightningModule):
         self.seed = torch.initial_seed()
         self.model = Transformer(**{key: model[key] for key in model if key != "name"})
         self.step_losses = self.grad_norm = torch.zeros(0)
-        self._micro_losses: list[Tensor] = []  # since the last optimizer step
-        self._micro_correct: list[Tensor] = []  # shares, where the metric asks for them
+        self.replays_graphs = False  # whether a micro-batch is one CUDA graph, gradients included
+        self._learn_at_once: cuda_graphs.Learn | None = None  # the graph, once it is recorded
+        self._gradients: cuda_graphs.GradientBuffer | None = None  # what the graph adds to
+        self._micro_figures: list[Tensor] = []  # since the last optimizer step, see `_figures`
         self._split_sums: list[Tensor] = []  # the `LabelSums` of each batch of an evaluation
         self.evaluated_step: int | None = None  # the step of the last whole validation
 
     def configure_model(self) -> None:
         """Parameters keep their names; called again for evaluation, it finds all of it done."""
         parallel.checkpoint_activations(self.model, self.activation_checkpointing)
-        parallel.compile_blocks(self.model, self.compile_mode)
+        compiles = self.compile_mode
+        parallel.compile_blocks(self.model, compiles)
+        if compiles == parallel.REPLAYED:
+            self._ask_for_graphs()
         if self.device_mesh is not None:
             casts = self.trainer.precision == "bf16-mixed"
             gathered = torch.bfloat16 if casts else None
@@ -93,36 +98,87 @@ class NSALightningModule(L.LightningModule):
     # Training
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss; where graphs are replayed its gradients are there, too."""
+        learn = self._recorded(batch) if self.replays_graphs else None
+        if self._gradients is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._gradients.zero()
         seed_generators(micro_batch_seed(self.seed, self.global_rank, batch_idx))
+        if learn is not None:
+            self._micro_figures.append(learn(batch))
+            return self._micro_figures[-1][0]
+        loss, figures = self._loss(batch)
+        self._micro_figures.append(figures)
+        return breaking_its_gradient(loss)
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch; and once more, with the share of labels that are found."""
         sums = self._label_sums(batch)
         loss = sums.nats / sums.labels
-        self._micro_losses.append(loss.detach())
-        if sums.correct is not None:
-            self._micro_correct.append(sums.correct / sums.labels)
-        return breaking_its_gradient(loss)
+        found = [] if sums.correct is None else [sums.correct / sums.labels]
+        return loss, torch.stack([loss.detach(), *found])
+
+    def _learn(self, batch: dict[str, Tensor]) -> Tensor:
+        """Add a micro-batch's part of the step's gradient, over all ranks; `_loss`'s figures."""
+        loss, figures = self._loss(batch)
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        with torch.autocast(self.device.type, enabled=False):  # Lightning's is for the forward pass
+            (breaking_its_gradient(loss) / parts).backward()
+        return figures
 
     def _label_sums(self, batch: dict[str, Tensor]) -> "LabelSums":
         asked = self.metric.counts_correct
-        with cuda_graphs.forward_pass() if self._replays_graphs else nullcontext():
-            return label_sums(
-                self.model, batch["tokens"], batch.get("scored"), counts_correct=asked
-            )
+        return label_sums(self.model, batch["tokens"], batch.get("scored"), counts_correct=asked)
+
+    def _ask_for_graphs(self) -> None:
+        recomputes = self.activation_checkpointing != "none"
+        dropout = max(block.dropout.p for block in self.model.blocks)
+        why = cuda_graphs.obstacle(self.trainer, recomputes=recomputes, dropout=dropout)
+        self.replays_graphs = why is None
+        if why is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._say_not_replayed(why)
+
+    def _say_not_replayed(self, why: str) -> None:
+        rank_zero_warn(f"steps are not replayed as CUDA graphs: {why}", category=UserWarning)
+
+    def _recorded(self, batch: dict[str, Tensor]) -> cuda_graphs.Learn:
+        """What learns from a micro-batch; recorded at the first one."""
+        if self._learn_at_once is None:
+            self._gradients = cuda_graphs.GradientBuffer(self.parameters())
+            self._gradients.zero()
+            try:
+                self._learn_at_once = cuda_graphs.MicroBatchGraph(self._learn, batch)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._say_not_replayed(f"recording one failed: {error}")
+                self._learn_at_once = self._learn
+        return self._learn_at_once
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Nothing, where the graph had the backward pass in it."""
+        if not self.replays_graphs:
+            super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(
         self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._replays_graphs:
-            cuda_graphs.zero_gradients(optimizer)
-        else:
+        """Before the backward pass, which is too late for one that is part of a graph."""
+        if not self.replays_graphs:
             optimizer.zero_grad()
 
+    def on_train_end(self) -> None:
+        """Give the memory of the graph back: what is evaluated now has its own."""
+        self._learn_at_once = None
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.step_losses, self._micro_losses = torch.stack(self._micro_losses), []
-        shares, self._micro_correct = self._micro_correct, []
+        if self._gradients is not None and self.trainer.world_size > 1:
+            self._gradients.sum_over_ranks()
+        figures, self._micro_figures = torch.stack(self._micro_figures), []
+        self.step_losses, shares = figures[:, 0], figures[:, 1:]
         if not self._logs_this_step:
             return
         loss = self._mean_of_ranks(self.step_losses)
-        correct = self._mean_of_ranks(torch.stack(shares)) if shares else None
+        correct = self._mean_of_ranks(shares) if shares.shape[1] else None
         self.log("train/loss", loss)
         self._log_metric("train", loss, correct)
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
@@ -173,8 +229,8 @@ class NSALightningModule(L.LightningModule):
                 "0 does not clip"
             )
         device = trainer.strategy.root_device
-        if self.compile_option == cuda_graphs.MODE:
-            cuda_graphs.check_device(device, distributed=is_distributed(trainer))
+        if self.compile_option == parallel.REPLAYED:
+            cuda_graphs.check_device(device)
         on_cpu = device.type == "cpu"
         if on_cpu and "flex" in (getattr(b.attention, "backend", "") for b in self.model.blocks):
             raise ValueError(
@@ -253,22 +309,12 @@ class NSALightningModule(L.LightningModule):
     @property
     def compile_mode(self) -> bool | str:
         """What `compile` comes to on the trainer's devices."""
-        device = self.trainer.strategy.root_device
-        plain = not is_distributed(self.trainer) and self.activation_checkpointing == "none"
-        return parallel.resolve_compile(self.compile_option, device, tried=plain)
-
-    @property
-    def _replays_graphs(self) -> bool:
-        return self.compile_mode == cuda_graphs.MODE
+        return parallel.resolve_compile(self.compile_option, self.trainer.strategy.root_device)
 
     @property
     def _logs_this_step(self) -> bool:
         trainer: Any = self.trainer
         return (self.global_step + 1) % trainer.log_every_n_steps == 0
-
-
-def is_distributed(trainer: L.Trainer) -> bool:
-    return not isinstance(trainer.strategy, SingleDeviceStrategy)
 
 
 class LabelSums(NamedTuple):

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from nsa.ops import BACKENDS
-from nsa.training import cuda_graphs
 from nsa.transformer import Transformer
 
 aten = torch.ops.aten
@@ -37,7 +36,8 @@ PRODUCTS = [
 ]
 KEPT = {"none": None, "full": CHOICES, "selective": CHOICES + PRODUCTS}
 PROGRAMS = 8  # compiled for one kind of layer, at most
-COMPILE = ("auto", False, True, cuda_graphs.MODE)
+REPLAYED = "reduce-overhead"  # compiled blocks, in steps that are replayed as CUDA graphs
+COMPILE = ("auto", False, True, REPLAYED)
 
 
 def check_activation_checkpointing(mode: str) -> None:
@@ -55,8 +55,14 @@ def checkpoint_activations(model: Transformer, mode: str) -> None:
     """
     check_activation_checkpointing(mode)
     contexts = partial(create_selective_checkpoint_contexts, KEPT[mode])
-    keeping = partial(checkpoint, use_reentrant=False, context_fn=contexts)
     for block in model.blocks:
+        # Without dropout there is no random state to ask for, which a CUDA graph cannot.
+        keeping = partial(
+            checkpoint,
+            use_reentrant=False,
+            context_fn=contexts,
+            preserve_rng_state=block.dropout.p > 0,
+        )
         block.checkpoint = None if mode == "none" else keeping
 
 
@@ -67,19 +73,17 @@ def check_compile(compile: bool | str) -> None:
         raise ValueError(f"compile={compile} must be one of {values}")
 
 
-def resolve_compile(compile: bool | str, device: torch.device, *, tried: bool) -> bool | str:
-    """What `auto` means: on a GPU, CUDA graphs where these were `tried`; nothing on a CPU."""
+def resolve_compile(compile: bool | str, device: torch.device) -> bool | str:
+    """What `auto` means: steps replayed as CUDA graphs on a GPU, nothing compiled elsewhere."""
     if compile != "auto":
         return compile
-    if device.type != "cuda":
-        return False
-    return cuda_graphs.MODE if tried else True
+    return REPLAYED if device.type == "cuda" else False
 
 
 def compile_blocks(model: Transformer, compile: bool | str) -> None:
-    """Block by block and in place: one program serves all layers of a kind.
+    """Block by block and in place, unless `compile` is False: one program serves all of a kind.
 
-    False does not, True does in torch.compile's default mode, a text in the mode of this name.
+    In torch.compile's default mode: what is replayed is a whole step, not a block.
     """
     check_compile(compile)
     if not compile:
@@ -91,7 +95,7 @@ def compile_blocks(model: Transformer, compile: bool | str) -> None:
     kinds = {type(block.attention) for block in new}
     torch._dynamo.config.recompile_limit += PROGRAMS * len(kinds)
     for block in new:
-        block.compile(mode=compile if isinstance(compile, str) else None)
+        block.compile()
 
 
 def shard(model: Transformer, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
