@@ -23,6 +23,7 @@ from callbacks.throughput import Throughput
 from data.base import TokenDataModule
 from nsa.training.lightning_module import NSALightningModule
 from runs import checkpoints, counts, lock, notices, ranks, record, results, strategies, time_limit
+from runs.division import Room, StepDivision, check_batch, share_of
 from runs.folder import CHECKPOINTS, newest_first, write_text
 from runs.same_run import check_same_run, flatten
 
@@ -49,9 +50,9 @@ def build(cfg: DictConfig) -> Run:
     trainer = build_trainer(cfg)
     module.check_trainer(trainer)
     time_limit.check(cfg.max_time_per_start, trainer)
-    micro_batch_size, trainer.accumulate_grad_batches = divide_step(trainer.world_size, **cfg.batch)
-    trainer.val_check_interval = cfg.val_every_n_steps * trainer.accumulate_grad_batches
-    datamodule = instantiate(cfg.data, micro_batch_size=micro_batch_size)
+    # Until runs.division knows better: one sequence at once.
+    trainer.accumulate_grad_batches = share_of(cfg.batch.sequences_per_step, trainer.world_size)
+    datamodule = instantiate(cfg.data, micro_batch_size=1)
     # On every rank, before any waits for another: the first one prepares, however long it takes.
     datamodule.prepare_data(verify=trainer.local_rank == 0)
     datamodule.setup("fit")
@@ -88,9 +89,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the value, the rule and the way out.
     """
-    for name in ("sequences_per_step", "micro_batch_size"):
-        if settings["batch"][name] < 1:
-            raise ValueError(f"batch.{name}={settings['batch'][name]} must be at least 1")
+    check_batch(**settings["batch"])
     if settings["val_every_n_steps"] < 1:
         raise ValueError(
             f"val_every_n_steps={settings['val_every_n_steps']} must be at least 1; a number above "
@@ -103,26 +102,6 @@ def check_settings(settings: dict[str, Any]) -> None:
     for path, value in flatten(settings, ""):
         if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "maybe"):
             raise ValueError(f"{path}={value} is text, which counts as true: write true or false")
-
-
-def divide_step(
-    world_size: int, *, sequences_per_step: int, micro_batch_size: int
-) -> tuple[int, int]:
-    """Sequences that a process takes at once, and how often a step: as few times as fit.
-
-    The step is the same on any number of processes; `micro_batch_size` is the most that fits one.
-
-    Raises:
-        ValueError: if the processes cannot have equal shares of a step.
-    """
-    share, rest = divmod(sequences_per_step, world_size)
-    if rest:
-        raise ValueError(
-            f"batch.sequences_per_step={sequences_per_step} must be a multiple of the {world_size} "
-            "processes that share a step: change it, or trainer.devices"
-        )
-    at_once = max(n for n in range(1, min(micro_batch_size, share) + 1) if share % n == 0)
-    return at_once, share // at_once
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
@@ -162,8 +141,14 @@ def train(run: Run, cfg: DictConfig) -> dict[str, Any]:
     """Fit, validate and test with the last weights; returns what result.json holds."""
     started = time.monotonic()
     module, datamodule, trainer = run
-    if trainer.is_global_zero:
-        print(summary(run, cfg), flush=True)
+
+    def announce(room: Room | None) -> None:
+        if trainer.is_global_zero:
+            print(summary(run, cfg, room), flush=True)
+
+    division = StepDivision(**cfg.batch, val_every_n_steps=cfg.val_every_n_steps, announce=announce)
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.insert(0, division)  # before any that asks how a step is divided
     with time_limit.per_start(cfg.max_time_per_start):
         trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     if trainer.is_global_zero:
@@ -190,8 +175,8 @@ def finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def summary(run: Run, cfg: DictConfig) -> str:
-    """What is about to run, as a table."""
+def summary(run: Run, cfg: DictConfig, room: Room | None) -> str:
+    """What is about to run, as a table; `room` is what the micro-batch was chosen by."""
     model, trainer = run.module.model, run.trainer
     sequences, seq_len = cfg.batch.sequences_per_step, cfg.model.seq_len
     shares = f"{trainer.world_size} × {run.datamodule.micro_batch_size} at once"
@@ -206,11 +191,12 @@ def summary(run: Run, cfg: DictConfig) -> str:
         "steps": f"{trainer.max_steps:,}",
         "visible tokens": f"{model.visible_tokens(seq_len):.0f} keys per query, of all branches",
         "device": f"{trainer.world_size} × {name}",
+        "memory": room and f"{room.expected / 2**30:.1f} of {room.free / 2**30:.1f} GiB expected",
         "backend": ", ".join(backends),
         "precision": trainer.precision,
         "run folder": cfg.run_dir,
     }
-    return "\n".join(f"{label:>16}  {value}" for label, value in rows.items())
+    return "\n".join(f"{label:>16}  {value}" for label, value in rows.items() if value)
 
 
 def figures(run: Run, cfg: DictConfig, seconds: float) -> dict[str, Any]:

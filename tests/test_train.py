@@ -508,6 +508,8 @@ def test_validation_counts_optimizer_steps_and_the_test_can_be_left_out(folder: 
     ("change", "message"),
     [
         ({"batch": {"sequences_per_step": 0}}, "sequences_per_step=0"),
+        ({"batch": {"micro_batch_size": 0}}, "micro_batch_size=0 must be at least 1, or auto"),
+        ({"batch": {"micro_batch_size": "all"}}, "micro_batch_size=all must be at least 1, or a"),
         ({"val_every_n_steps": 0}, "val_every_n_steps=0 must be at least 1"),
         ({"model": {"vocab_size": 100}}, "vocab_size=100 must be at least data.vocab_size=256"),
         ({"compile": "off"}, "compile=off is text"),
@@ -523,22 +525,6 @@ def test_settings_nothing_else_would_notice_are_refused(change: dict, message: s
     bad = good | {k: good[k] | v if isinstance(v, dict) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):
         run.check_settings(bad)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "step", "at_most", "expected"),
-    [(1, 32, 32, (32, 1)), (1, 32, 8, (8, 4)), (4, 32, 32, (8, 1)), (2, 12, 4, (3, 2))],
-)
-def test_a_step_is_shared_by_all_processes(
-    world_size: int, step: int, at_most: int, expected: tuple[int, int]
-) -> None:
-    sizes = {"sequences_per_step": step, "micro_batch_size": at_most}
-    assert run.divide_step(world_size, **sizes) == expected
-
-
-def test_a_step_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(ValueError, match="sequences_per_step=6 must be a multiple of the 4 proc"):
-        run.divide_step(4, sequences_per_step=6, micro_batch_size=2)
 
 
 def test_automatic_precision_is_bf16_where_the_gpu_has_it(monkeypatch) -> None:
