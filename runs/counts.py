@@ -40,6 +40,8 @@ def whole(path: str, value: Any) -> Any:
         return value
     if value is None and not NEEDED.fullmatch(name):
         return value
+    if name == "micro_batch_size" and value == "auto":
+        return value
     if name == "devices" and not isinstance(value, float):
         return value  # auto, a list, "0,1": the trainer's to read
     if isinstance(value, float) and (value.is_integer() and not (is_share and value <= 1)):

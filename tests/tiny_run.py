@@ -32,6 +32,7 @@ class TinyModel(nn.Module):
         self.embedding = nn.Embedding(VOCAB, 4)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(4, VOCAB)
+        self.seq_len = SEQ_LEN
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.dropout(self.embedding(ids)))
