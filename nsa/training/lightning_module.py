@@ -1,6 +1,6 @@
 """How a Transformer is trained: loss, optimizer, schedule, and what is logged of them.
 
-The only file under nsa/ that knows Lightning. Letters: B batch, T tokens.
+Letters: B batch, T tokens.
 """
 
 import math
