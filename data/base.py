@@ -52,7 +52,8 @@ class TokenDataModule(L.LightningDataModule, ABC):
     """
 
     metric: Metric = BITS_PER_BYTE  # what a run on these data is judged by
-    more_text = "choose a larger corpus"  # the way out where a split is shorter than a window
+    more_text = "choose a larger corpus"  # the way out where there is too little text in all
+    more_held_out = more_text  # the way out where too little of it is held out of training
 
     def __init__(
         self,
@@ -115,18 +116,25 @@ class TokenDataModule(L.LightningDataModule, ABC):
             return
         folder = shard_folder(self.name, self.source())
         index, splits = open_shards(folder)
-        for split in SPLITS:
-            num_tokens = len(splits.get(split, ()))
-            if num_tokens <= self.seq_len:
-                raise ValueError(
-                    f"data={self.name}: the {split} split has {num_tokens} tokens, one window of "
-                    f"model.seq_len={self.seq_len} needs {self.seq_len + 1}: lower model.seq_len, "
-                    f"or give the split more text: {self.more_text}"
-                )
+        self._check_lengths({split: len(splits.get(split, ())) for split in SPLITS})
         self.splits, self.identity = splits, identity(index)
         self.tokenizer = saved_tokenizer(folder, index["tokenizer"])
         counts = ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)
         log.info("%s: %s tokens in %s", self.name, counts, folder)
+
+    def _check_lengths(self, tokens: dict[str, int]) -> None:
+        """Refuse splits that are shorter than a window."""
+        window = self.seq_len + 1
+        short = [split for split in SPLITS if tokens[split] < window]
+        if not short:
+            return
+        way = self.more_held_out
+        if "train" in short or sum(tokens.values()) < 3 * window:
+            way = f"{self.more_text} (it has {sum(tokens.values())} tokens in all)"
+        raise ValueError(
+            f"data={self.name}: the {short[0]} split has {tokens[short[0]]} tokens, one window of "
+            f"model.seq_len={self.seq_len} needs {window}: lower model.seq_len, or {way}"
+        )
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's step to its last; each depends on seed and step alone."""

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from data import enwik8, sources
 from data.base import SPLITS, TokenDataModule, check_at_least, check_fractions
-from data.documents import DatasetChoice, write_documents, write_text
+from data.documents import SplitOf, text_strings, write_documents, write_text
+from data.huggingface import DatasetChoice
+from data.plain_text import Decoding, check_text
 from data.sampler import mix
 from data.shards import cache_root
 from data.tokenizer import ByteTokenizer, TokenizerChoice
@@ -23,7 +26,7 @@ class Enwik8DataModule(TokenDataModule):
     """enwik8 by the byte: the first 90 % to train on, 5 to validate, 5 to test.
 
     Args:
-        path: a local copy (plain, .gz, .xz, .zst or .zip); None: download it, once.
+        path: a local copy (plain, .gz, .bz2, .xz, .zst or .zip); None: download it, once.
     """
 
     def __init__(self, *, path: str | None = None, **numbers: Any) -> None:
@@ -37,12 +40,12 @@ class Enwik8DataModule(TokenDataModule):
         return {"corpus": "enwik8", "sha256": enwik8.SHA256}
 
     def build(self, folder: Path) -> None:
-        corpus = enwik8.enwik8_bytes(self.path, cache_root() / "downloads")
-        tokens = np.frombuffer(corpus, np.uint8)
-        cuts = [len(tokens) * percent // 100 for percent in (0, 90, 95, 100)]
-        with self.writer(folder, ByteTokenizer()) as writer:
-            for split, start, stop in zip(SPLITS, cuts[:-1], cuts[1:], strict=True):
-                writer.append(split, tokens[start:stop], stop - start)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            corpus = enwik8.unpack(self.path, cache_root() / "downloads", Path(scratch) / "enwik8")
+            cuts = [len(corpus) * percent // 100 for percent in (0, 90, 95, 100)]
+            with self.writer(folder, ByteTokenizer()) as writer:
+                for split, start, stop in zip(SPLITS, cuts[:-1], cuts[1:], strict=True):
+                    write_text(writer, ByteTokenizer(), split, corpus[start:stop])
 
 
 class StdlibDataModule(TokenDataModule):
@@ -74,14 +77,15 @@ class TextDataModule(TokenDataModule):
     """Text files of one's own, read as one stream: file follows file, with nothing between them.
 
     Args:
-        paths: files or globs, plain, .gz, .xz, .zst or .zip (of one file).
+        paths: files or globs, plain, .gz, .bz2, .xz, .zst or .zip (of one file).
         val_paths, test_paths: the same for the other splits. Where empty, the split is cut off the
             end of `paths`: train, then val, then test.
         val_fraction, test_fraction: of the bytes of `paths`, for a split without paths.
         tokenizer: see `data.tokenizer.TokenizerChoice`; with train it learns from the train split.
     """
 
-    more_text = "raise data.val_fraction and data.test_fraction, or name more files"
+    more_text = "name more files in data.paths"
+    more_held_out = "raise data.val_fraction and data.test_fraction"
 
     def __init__(
         self,
@@ -109,8 +113,11 @@ class TextDataModule(TokenDataModule):
         ):
             patterns = [given] if isinstance(given, str) else list(given or [])
             self.files[option] = sources.expand(f"data.{option}", patterns)
-            if option != "paths" and (shared := {*self.files["paths"]} & {*self.files[option]}):
-                raise ValueError(f"data.{option}: {min(shared)} is in data.paths, too")
+            for file in self.files[option]:
+                check_text(f"data.{option}", file)
+            for other in [name for name in self.files if name != option]:
+                if shared := {*self.files[other]} & {*self.files[option]}:
+                    raise ValueError(f"data.{option}: {min(shared)} is in data.{other}, too")
 
     def source(self) -> dict[str, Any]:
         return {
@@ -132,15 +139,18 @@ class TextDataModule(TokenDataModule):
 
     def _texts(self, scratch: Path) -> dict[str, NDArray[np.uint8]]:
         """The bytes of each split, mapped from one joined file per list of paths."""
-        whole = sources.join(self.files["paths"], scratch / "paths")
+        decoding = Decoding()
+        watch = None if self.tokenizer_choice.name == "bytes" else decoding.count
+        whole = sources.join(self.files["paths"], scratch / "paths", watch)
         texts, stop = {}, len(whole)
         for split in ("test", "val"):
             if files := self.files[f"{split}_paths"]:
-                texts[split] = sources.join(files, scratch / split)
+                texts[split] = sources.join(files, scratch / split, watch)
             else:
                 size = int(len(whole) * self.fractions[split])
                 start = sources.character_start(whole, stop - size)
                 texts[split], stop = whole[start:stop], start
+        decoding.check()
         return {"train": whole[:stop], "val": texts["val"], "test": texts["test"]}
 
 
@@ -164,7 +174,8 @@ class HuggingFaceDataModule(TokenDataModule):
             of the train split.
     """
 
-    more_text = "raise data.max_tokens, data.val_fraction or data.test_fraction"
+    more_text = "raise data.max_tokens, or take a larger dataset"
+    more_held_out = "raise data.max_tokens, data.val_fraction or data.test_fraction"
 
     def __init__(
         self,
@@ -200,6 +211,8 @@ class HuggingFaceDataModule(TokenDataModule):
         )
         self.fractions = check_fractions(val_fraction, test_fraction)
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}
+        self.dataset.check_files()
+        self.dataset.check_splits(self.split_names)
         self.max_tokens = max_tokens
 
     def source(self) -> dict[str, Any]:
@@ -219,23 +232,33 @@ class HuggingFaceDataModule(TokenDataModule):
                 f"data.tokenizer={self.tokenizer_choice.name!r} names no end of text, which "
                 "documents are joined by: set data.eot_token"
             )
+        self.dataset.check_slices(self.split_names)
         with self.writer(folder, tokenizer) as writer:
             for split, name in self.split_names.items():
                 if name is not None:
-                    split_of = self._split_of if split == "train" else lambda _, split=split: split
-                    texts = self.dataset.texts(name)
-                    write_documents(writer, tokenizer, texts, split_of, self.max_tokens)
+                    split_of = self._split_of if split == "train" else only(split)
+                    batches = self.dataset.batches(name)
+                    write_documents(writer, tokenizer, batches, split_of, self.max_tokens)
 
-    def _split_of(self, number: int) -> str:
-        """Where a document of the training split goes: drawn from its number alone."""
-        draw = mix(number) / 2**64
+    def _split_of(self, numbers: NDArray[np.uint64]) -> NDArray[np.str_]:
+        """Where documents of the training split go: drawn from their numbers alone."""
+        draws = mix(numbers) / 2**64
+        splits = np.full(len(numbers), "train")
+        below = 0.0
         for split, fraction in self.fractions.items():
             if self.split_names[split] is None:
-                if draw < fraction:
-                    return split
-                draw -= fraction
-        return "train"
+                splits[(below <= draws) & (draws < below + fraction)] = split
+                below += fraction
+        return splits
 
     def _training_texts(self) -> Iterator[str]:
-        texts = self.dataset.texts(self.split_names["train"])
-        return (text for number, text in enumerate(texts) if self._split_of(number) == "train")
+        number = 0
+        for batch in self.dataset.batches(self.split_names["train"]):
+            splits = self._split_of(np.arange(number, number + len(batch), dtype=np.uint64))
+            number += len(batch)
+            yield from text_strings(batch.filter(pa.array(splits == "train")))
+
+
+def only(split: str) -> SplitOf:
+    """Every document in one split."""
+    return lambda numbers: np.full(len(numbers), split)

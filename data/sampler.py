@@ -8,6 +8,7 @@ number of ranks, in micro-batches of any size, asks for the samples from s times
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,11 @@ MASK = (1 << 64) - 1
 ROUNDS = 6
 
 
-def mix(*values: int) -> int:
-    """64 bits that look random and depend on nothing but the values (a splitmix64 chain)."""
+def mix(*values: Any) -> Any:
+    """64 bits that look random and depend on nothing but the values (a splitmix64 chain).
+
+    Values are integers, or uint64 arrays for one answer each.
+    """
     state = 0
     for value in values:
         state = (state + value + 0x9E3779B97F4A7C15) & MASK

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
@@ -27,13 +28,33 @@ from runs.file_lock import held
 FORMAT = "nsa-tokens-1"
 INDEX = "index.json"
 SHARD_TOKENS = 1 << 28
+BLOCK = 1 << 20  # tokens converted at once
 
 
 def cache_root() -> Path:
     """Where all that is downloaded or prepared goes: $NSA_DATA_DIR, or nsa in the user's cache."""
-    if root := os.environ.get("NSA_DATA_DIR"):
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "nsa"
+    given = next((v for v in ("NSA_DATA_DIR", "XDG_CACHE_HOME") if os.environ.get(v)), None)
+    try:
+        root = Path(os.environ[given] if given else "~/.cache").expanduser()
+    except RuntimeError as error:  # HOME is not set, and the system knows no such user
+        raise ValueError(f"{error}: name a folder for data, as in NSA_DATA_DIR=/data/nsa") from None
+    return root if given == "NSA_DATA_DIR" else root / "nsa"
+
+
+def make_cache(folder: Path) -> None:
+    """Make the folder that prepared data go to.
+
+    Raises:
+        ValueError: there is a file in its place, or it may not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot hold prepared data ({error.strerror}): name a folder that can be "
+            "written, as in NSA_DATA_DIR=/data/nsa"
+        ) from error
 
 
 def shard_folder(name: str, source: dict[str, Any]) -> Path:
@@ -114,9 +135,10 @@ class ShardWriter:
 
     def _write(self, split: str, tokens: NDArray[np.integer]) -> None:
         file, digest = self._open[split]
-        block = tokens.astype(self.dtype).tobytes()
-        file.write(block)
-        digest.update(block)
+        for start in range(0, len(tokens), BLOCK):
+            block = tokens[start : start + BLOCK].astype(self.dtype).tobytes()
+            file.write(block)
+            digest.update(block)
         self.index["splits"][split]["shards"][-1]["tokens"] += len(tokens)
 
     def _finish_shard(self, split: str) -> None:
@@ -175,7 +197,7 @@ def prepare_shards(
     Raises:
         ValueError: a file of `folder` is missing, truncated or damaged, or of another source.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(folder.parent)
     with held(Path(f"{folder}.lock")):
         if folder.exists():
             if verify:

@@ -1,14 +1,17 @@
 """Files as bytes: plain or compressed, named one by one or by globs, or the standard library's."""
 
+import bz2
+import ctypes
 import glob
 import gzip
 import hashlib
 import lzma
+import mmap
 import sys
 import sysconfig
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -18,8 +21,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 BLOCK = 1 << 20  # bytes read at once
-PIECE = 1 << 20  # bytes of text tokenized as one
-BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, zstandard.ZstdError)
+PIECE = 1 << 17  # bytes of text tokenized as one
+BROKEN = (
+    *(EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, zstandard.ZstdError),
+    RuntimeError,  # an encrypted zip, or one of another kind of compression
+)
+Watch = Callable[[Path, bytes], None]
+PACKED = (".bz2", ".gz", ".xz", ".zst", ".zip")
+UNPACKABLE = "plain, .gz, .bz2, .xz, .zst or .zip (of one file)"
+
 
 # Not in the corpus `stdlib`: tests, generated tables, and packages that distributions split off.
 LEFT_OUT = {
@@ -29,25 +39,33 @@ LEFT_OUT = {
 
 
 def unpacked(path: Path) -> Iterator[bytes]:
-    """The contents of a file in blocks; .gz, .xz, .zst and .zip (of one member) are unpacked.
+    """The contents of a file in blocks; packed ones (see `PACKED`) are unpacked.
 
     Raises:
         ValueError: the file is truncated or damaged, or is not what its suffix says.
     """
     try:
-        if path.suffix == ".zst":
+        if packing(path) == ".zst":
             yield from _unpack_zst(path)
         else:
             with _open(path) as file:
                 while block := file.read(BLOCK):
                     yield block
     except BROKEN as error:
-        kind = path.suffix if path.suffix in (".gz", ".xz", ".zst", ".zip") else "a plain file"
+        kind = packing(path) or "a plain file"
         raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
 
 
+def packing(path: Path) -> str:
+    """The suffix that says how a file is packed, in lower case; none: it is plain."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in PACKED else ""
+
+
 def _open(path: Path) -> BinaryIO:
-    match path.suffix:
+    match packing(path):
+        case ".bz2":
+            return cast(BinaryIO, bz2.open(path))
         case ".gz":
             return cast(BinaryIO, gzip.open(path))
         case ".xz":
@@ -84,6 +102,10 @@ def expand(option: str, patterns: list[str]) -> list[Path]:
     files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
+        if path.is_dir():
+            raise ValueError(
+                f"{option}: {pattern!r} is a folder: for all files in it, write {path}/**"
+            )
         matches = [path] if path.is_file() else []
         if not matches and glob.has_magic(pattern):
             matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
@@ -114,14 +136,36 @@ def stamp(files: list[Path]) -> list[list[Any]]:
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
-def join(files: list[Path], target: Path) -> NDArray[np.uint8]:
-    """The unpacked contents of files, one after the other, written to `target` and mapped."""
+def join(
+    files: list[Path], target: Path, watch: Callable[[Path, bytes], None] | None = None
+) -> NDArray[np.uint8]:
+    """The unpacked contents of files, one after the other, written to `target` and mapped.
+
+    `watch` is shown every block with its file.
+    """
     with target.open("wb") as joined:
         for file in tqdm(files, desc="read", unit=" files", delay=1):
             for block in unpacked(file):
                 joined.write(block)
+                if watch:
+                    watch(file, block)
         size = joined.tell()
     return np.memmap(target, np.uint8, mode="r") if size else np.empty(0, np.uint8)
+
+
+def release(files: Collection[str]) -> int:
+    """Give back the memory that read-only mappings of files take: it is read again where needed.
+
+    Linux only; elsewhere the system takes it back when it is short. Returns 0, bytes held since.
+    """
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if files and maps.exists() else ():
+        addresses, mode, *_, path = line.split(maxsplit=5)
+        if mode.startswith("r--") and path in files:
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            length = ctypes.c_size_t(stop - start)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), length, mmap.MADV_DONTNEED)
+    return 0
 
 
 def character_start(text: NDArray[np.uint8], position: int) -> int:

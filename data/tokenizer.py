@@ -1,9 +1,10 @@
 """Text to token ids and back: bytes, a named tokenizer, or a byte-level BPE trained on the spot.
 
-All have `vocab_size`, `eot` (the id that ends a document, or None), `encode`, `encode_batch` and
-`decode`; ids are plain integers.
+All have `vocab_size`, `eot` (the id that ends a document, or None), `encode`, `encode_bytes`
+(the pieces of a text), `encode_documents` and `decode`.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.shards import file_sha256
 from data.sources import local_files, stamp
+
+Ids = NDArray[np.integer]
+Bytes = NDArray[np.uint8]
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -31,9 +35,12 @@ class ByteTokenizer:
         """The bytes of `text`; bytes that Python carries as surrogates come back as they were."""
         return list(text.encode("utf-8", errors="surrogateescape"))
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The bytes of each text."""
-        return [self.encode(text) for text in texts]
+    def encode_documents(self, text: Bytes, places: Ids) -> tuple[Ids, Ids]:
+        """The bytes of documents, byte 0 after each, and how many each has with it.
+
+        Document i is text[places[i] : places[i + 1]].
+        """
+        return np.insert(text, places[1:], self.eot), np.diff(places) + 1
 
     def encode_bytes(self, pieces: list[bytes]) -> NDArray[np.integer]:
         """The pieces of a text, one after the other, byte for byte."""
@@ -60,6 +67,8 @@ class SubwordTokenizer:
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.eot = eot
+        if not tokenizer.get_vocab_size():
+            raise ValueError("it has no tokens")
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -69,6 +78,14 @@ class SubwordTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, on all cores."""
         return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_documents(self, text: Bytes, places: Ids) -> tuple[Ids, Ids]:
+        """The ids of documents, the end of text after each, and how many each has with it."""
+        assert self.eot is not None
+        raw, borders = text.tobytes(), itertools.pairwise(places.tolist())
+        rows = self.encode_batch([raw[start:stop].decode() for start, stop in borders])
+        ids = np.fromiter((i for row in rows for i in (*row, self.eot)), np.int64)
+        return ids, np.array([len(row) + 1 for row in rows])
 
     def encode_bytes(self, pieces: list[bytes]) -> NDArray[np.integer]:
         """The ids of the pieces of a text, in one row; what is no UTF-8 reads as U+FFFD."""
@@ -156,12 +173,17 @@ def load_tokenizer(name: str, vocab_size: int, eot_token: str | None) -> Subword
     Raises:
         ValueError: it cannot be loaded, has no fast form, or has more than `vocab_size` tokens.
     """
-    tokenizer, eot = _load_subword(name)
+    try:
+        loaded = _load_subword(name)
+    except Exception as error:  # the libraries raise anything, Exception itself too
+        raise ValueError(
+            f"data.tokenizer={name!r} cannot be loaded: {error}. Give bytes, train, a "
+            "tokenizer.json, a folder, or a name on the hub"
+        ) from error
     if eot_token is not None:
-        eot = tokenizer.token_to_id(eot_token)
-        if eot is None:
+        loaded.eot = loaded.tokenizer.token_to_id(eot_token)
+        if loaded.eot is None:
             raise ValueError(f"data.eot_token={eot_token!r} is no token of data.tokenizer={name!r}")
-    loaded = SubwordTokenizer(tokenizer, eot)
     if vocab_size < loaded.vocab_size:
         raise ValueError(
             f"data.vocab_size={vocab_size} is too small: data.tokenizer={name!r} has "
@@ -170,27 +192,21 @@ def load_tokenizer(name: str, vocab_size: int, eot_token: str | None) -> Subword
     return loaded
 
 
-def _load_subword(name: str) -> tuple[Tokenizer, int | None]:
+def _load_subword(name: str) -> SubwordTokenizer:
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "tokenizer_config.json").exists():
         path = path / TOKENIZER_FILE
     if path.suffix == ".json":
         if not path.is_file():
-            raise ValueError(f"data.tokenizer={name!r}: there is no file {path}")
+            raise ValueError(f"there is no file {path}")
         tokenizer = Tokenizer.from_file(str(path))
-        return tokenizer, tokenizer.token_to_id(END_OF_TEXT)
+        return SubwordTokenizer(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
     from transformers import AutoTokenizer  # takes seconds to import
 
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"data.tokenizer={name!r} cannot be loaded: {error}. Give bytes, train, a "
-            "tokenizer.json, a folder, or a name on the hub"
-        ) from error
-    if not loaded.is_fast:
-        raise ValueError(f"data.tokenizer={name!r} has no fast form, which is what is used here")
-    return loaded.backend_tokenizer, loaded.eos_token_id
+    found = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+    if not found.is_fast:
+        raise ValueError("it has no fast form, which is what is used here")
+    return SubwordTokenizer(found.backend_tokenizer, found.eos_token_id)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:

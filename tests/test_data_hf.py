@@ -191,7 +191,7 @@ def test_rows_without_text_are_left_out(tmp_path: Path) -> None:
         ({"val_fraction": 0.0}, r"the val split has 0 tokens.* raise .*data\.val_fraction"),
         ({"eot_token": "</s>"}, r"eot_token='</s>' is for a tokenizer that is loaded"),
         ({"tokenizer": "no/such"}, r"data\.tokenizer='no/such' cannot be loaded"),
-        ({"tokenizer": "no.json"}, r"data\.tokenizer='no\.json': there is no file"),
+        ({"tokenizer": "no.json"}, r"data\.tokenizer='no\.json' .*: there is no file"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(options: dict, message: str) -> None:
@@ -266,3 +266,98 @@ def test_the_choice_of_a_tokenizer_names_what_ids_depend_on(tmp_path: Path) -> N
     before = TokenizerChoice("tokenizer.json", 300).source()
     (tmp_path / "tokenizer.json").write_text("{ }")
     assert TokenizerChoice("tokenizer.json", 300).source() != before
+
+
+def rows(folder: Path, *values: Any) -> str:
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": v}) + "\n" for v in values))
+    return str(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0, 1), r"data\.text_column='text' must hold text and holds int64: row 0 .* is 0"),
+        (([], ["a"]), r"holds list.*: row 0"),
+        (({"x": 1},), r"holds struct<x: int64>: row 0"),
+        (("a", "b", 5, {"x": 1}), r"holds values of several kinds: row 2 .* is 5"),
+        ((None, True), r"holds bool: row 1 .* is True"),
+        (("a", "\ud800"), r"rows\.jsonl line 2: .*surrogates not allowed"),
+    ],
+)
+def test_rows_that_are_no_text_are_refused_with_the_first(
+    tmp_path: Path, streaming: bool, values: tuple, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf(data_files=rows(tmp_path, *values), streaming=streaming)
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    path = Path(rows(tmp_path, *DOCUMENTS[:3]))
+    path.write_text(path.read_text() + '{"text": "cut')
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 4: Unterminated string"):
+        hf(data_files="rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"val_split": "validation"},
+            r"'validation' cannot be loaded: .*no such split.* has train",
+        ),
+        ({"train_split": "all", "val_split": "dev"}, r"'all' cannot be loaded.* it has train"),
+    ],
+)
+def test_a_saved_dataset_is_one_split(tmp_path: Path, options: dict, message: str) -> None:
+    datasets.Dataset.from_list([{"text": d} for d in DOCUMENTS]).save_to_disk(tmp_path / "one")
+    assert documents(hf(name="one", data_files=None), "val")
+    with pytest.raises(ValueError, match=message):
+        hf(name="one", data_files=None, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_split": "train"}, r"train_split=train and data\.val_split=train hold the same"),
+        ({"val_split": "a", "test_split": "a"}, r"val_split=a and data\.test_split=a hold"),
+        ({"val_split": "train[90%:]"}, r"train_split=train and data\.val_split=train\[90%:\] hold"),
+        ({"train_split": "train[:91%]", "val_split": "train[-10%:]"}, r"hold the same documents"),
+        ({"train_split": "all", "val_split": "train[:10]"}, r"hold the same documents"),
+        (
+            {"data_files": {"train": "corpus.jsonl", "dev": "c*.jsonl"}, "val_split": "dev"},
+            r"data\.data_files: .*corpus\.jsonl is in train and in dev",
+        ),
+    ],
+)
+def test_no_document_is_trained_on_and_measured(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf(**options)
+
+
+def test_slices_that_do_not_meet_are_taken() -> None:
+    module = hf(train_split="train[:80%]", val_split="train[80%:90%]", test_split="train[90%:]")
+    found = [documents(module, split) for split in ("train", "val", "test")]
+    assert found == [DOCUMENTS[:240], DOCUMENTS[240:270], DOCUMENTS[270:]]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "{broken", '{"model": {"type": "BPE"}}'])
+def test_a_broken_tokenizer_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"data\.tokenizer='tokenizer\.json' cannot be loaded"):
+        hf(tokenizer="tokenizer.json")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "train"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_of_any_length_keep_their_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str, streaming: bool
+) -> None:
+    monkeypatch.setattr("data.documents.BATCH", 200)  # some documents are longer, some share it
+    texts = [d * (1 + i % 4) for i, d in enumerate(DOCUMENTS)]
+    sizes = {"tokenizer": tokenizer, "vocab_size": 256 if tokenizer == "bytes" else 300}
+    module = hf(data_files=rows(tmp_path, *texts), streaming=streaming, **sizes)
+    assert everything(module) == sorted(texts)
+    for split, tokens in module.splits.items():
+        size = sum(len(d.encode()) + 1 for d in documents(module, split))
+        assert module.bytes_per_token(split) == pytest.approx(size / len(tokens))

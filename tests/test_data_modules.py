@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 import zstandard
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
@@ -321,9 +322,10 @@ def test_a_resumed_run_sees_what_the_whole_run_saw(letters: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["enwik8", "stdlib", "text", "hf"])
 def test_a_config_names_every_option_and_makes_its_datamodule(name: str, letters: str) -> None:
-    config: Any = OmegaConf.create({"seed": 3, "model": {"seq_len": 64}})
-    config.batch = {"micro_batch_size": 8}
-    config.data = OmegaConf.load(Path(__file__).parents[1] / "conf" / "data" / f"{name}.yaml")
+    with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
+        sizes = ["model.seq_len=64", "batch.micro_batch_size=8", "seed=3"]
+        config: Any = compose("train", [*sizes, f"data={name}"])
+    OmegaConf.set_struct(config, False)
     given = {"text": {"paths": [letters]}, "hf": {"name": "some/dataset"}}.get(name, {})
     config.data.update(given)
     module = instantiate(config.data)

@@ -1,5 +1,6 @@
 """Files, globs, compression and the standard library as sources of bytes."""
 
+import bz2
 import gzip
 import lzma
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from data import sources
+from data import plain_text, sources
 
 TEXT = "grüße, 世界 🌍\n".encode() * 5000
 
@@ -22,6 +23,8 @@ def compressed(folder: Path, suffix: str, data: bytes = TEXT) -> Path:
             path.write_bytes(gzip.compress(data))
         case ".xz":
             path.write_bytes(lzma.compress(data))
+        case ".bz2":
+            path.write_bytes(bz2.compress(data))
         case ".zst":
             path.write_bytes(zstandard.compress(data))
         case ".zip":
@@ -32,9 +35,12 @@ def compressed(folder: Path, suffix: str, data: bytes = TEXT) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["", ".txt", ".gz", ".xz", ".zst", ".zip"])
+@pytest.mark.parametrize("suffix", ["", ".txt", ".gz", ".bz2", ".xz", ".zst", ".zip"])
 def test_every_kind_of_file_unpacks(tmp_path: Path, suffix: str) -> None:
-    assert b"".join(sources.unpacked(compressed(tmp_path, suffix))) == TEXT
+    path = compressed(tmp_path, suffix)
+    assert b"".join(sources.unpacked(path)) == TEXT
+    loud = path.rename(path.with_name(path.name.upper()))
+    assert b"".join(sources.unpacked(loud)) == TEXT
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst", ".zip"])
@@ -91,7 +97,7 @@ def test_globs_are_sorted_and_files_taken_once(
         names("a.txt", "z.txt")
     with pytest.raises(ValueError, match=r"data\.paths: '\*\.csv': the glob matches no file"):
         names("a.txt", "*.csv")
-    with pytest.raises(ValueError, match="'deep': there is no such file"):
+    with pytest.raises(ValueError, match=r"'deep' is a folder: .* write deep/\*\*"):
         names("deep")
 
 
@@ -124,3 +130,92 @@ def test_files_are_split_by_name_into_the_shares_asked_for() -> None:
     assert share == pytest.approx({"train": 0.85, "val": 0.05, "test": 0.1}, abs=0.005)
     assert list(splits) == list(sizes)
     assert sources.split_files(dict(reversed(sizes.items())), val=0.05, test=0.1) == splits
+
+
+def encrypt(path: Path) -> None:
+    """Set the bit that says so in the headers of a zip."""
+    data = bytearray(path.read_bytes())
+    for magic, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(magic) + flags] |= 1
+    path.write_bytes(data)
+
+
+def test_an_encrypted_zip_is_refused_by_name(tmp_path: Path) -> None:
+    path = compressed(tmp_path, ".zip")
+    encrypt(path)
+    with pytest.raises(ValueError, match=r"text\.zip cannot be read as \.zip: .*encrypted"):
+        list(sources.unpacked(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "way"),
+    [
+        ("rows.jsonl", b"{}", r"data=hf data\.name=json data\.data_files=.*rows\.jsonl"),
+        ("ROWS.JSONL.GZ", gzip.compress(b"{}"), r"data=hf data\.name=json"),
+        ("rows.parquet", b"PAR1", r"data\.name=parquet"),
+        ("rows.txt", b"PAR1....", r"data\.name=parquet"),
+        ("book.tar.gz", gzip.compress(b"x"), "unpack it first"),
+        ("book.pdf", b"%PDF-1.7", "convert it to text"),
+        ("book", b"%PDF-1.7", "convert it to text"),
+        ("book.txt", gzip.compress(b"text"), r"give its name the suffix \.gz"),
+        ("book.txt", b"PK\x03\x04....", r"the suffix \.zip"),
+    ],
+)
+def test_a_container_is_no_text(tmp_path: Path, name: str, content: bytes, way: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data\.paths: .*{name} is no text file: .*{way}"):
+        plain_text.check_text("data.paths", tmp_path / name)
+
+
+GERMAN = "Der Bär läuft über die Straße, größer als möglich. " * 400
+
+
+@pytest.mark.parametrize(
+    ("content", "guess"),
+    [
+        (GERMAN.encode("utf-16"), "UTF-16"),
+        (b"plain words ".decode().encode("utf-16-le") * 99, "UTF-16"),
+        (GERMAN.encode("utf-32"), "UTF-32"),
+        (GERMAN.encode("latin-1"), "probably (cp|latin|iso)"),
+        (np.random.default_rng(0).bytes(20_000), "binary data"),
+    ],
+)
+def test_bytes_that_are_no_utf_8_are_refused_with_a_guess(
+    tmp_path: Path, content: bytes, guess: str
+) -> None:
+    decoding = plain_text.Decoding()
+    decoding.count(tmp_path / "good.txt", GERMAN.encode())
+    decoding.check()
+    decoding.count(tmp_path / "odd.txt", content)
+    with pytest.raises(ValueError, match=rf"odd\.txt is not UTF-8 text.*{guess}"):
+        decoding.check()
+
+
+def test_a_character_between_two_blocks_is_text(tmp_path: Path) -> None:
+    decoding, text = plain_text.Decoding(), TEXT[:3000]
+    for start in range(0, len(text), 5):
+        decoding.count(tmp_path / "a", text[start : start + 5])
+    assert decoding.wrong == 0
+
+
+def test_mapped_files_give_back_their_memory(tmp_path: Path) -> None:
+    path = compressed(tmp_path, "", bytes(range(256)) * (1 << 15))
+    mapped = np.memmap(path, np.uint8, mode="r")
+    total = int(mapped.sum())
+    before = resident(path)
+    sources.release([str(path)])
+    assert before > 8000 and resident(path) < 100
+    assert int(mapped.sum()) == total
+
+
+def resident(path: Path) -> int:
+    """The kB of a mapped file that lie in memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    return next(int(line.split()[1]) for line in lines_after(lines, str(path)) if "Rss:" in line)
+
+
+def lines_after(lines, name: str):
+    for line in lines:
+        if line.endswith(name):
+            return lines
+    return iter(())

@@ -1,0 +1,236 @@
+"""A Hugging Face dataset as batches of documents, and what is wrong where it cannot be read."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from data.documents import BATCH, HELD, documents, offsets
+from data.sources import local_files, release, stamp, unpacked
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+ROWS_VERSION = 2  # of what is taken for the rows of a split: tokens of other versions are made anew
+ROWS = 256  # read at once, at most
+SAMPLED_ROWS = 16  # tell how large rows are
+SHUFFLE_BUFFER = 10_000  # documents among which a stream is shuffled
+
+
+@dataclass(frozen=True)
+class DatasetChoice:
+    """The options that name a Hugging Face dataset; see `data.datamodule.HuggingFaceDataModule`."""
+
+    name: str
+    config: str | None
+    data_files: Any
+    revision: str | None
+    text_column: str
+    streaming: bool
+    shuffle_seed: int | None
+
+    def source(self) -> dict[str, Any]:
+        """What the documents depend on, the files on this disk included."""
+        return asdict(self) | {"files": stamp(self.files()), "rows": ROWS_VERSION}
+
+    def files(self) -> list[Path]:
+        """The files of the dataset that lie on this disk."""
+        return local_files([self.name, *(n for g in self._groups().values() for n in g)])
+
+    def check_files(self) -> None:
+        """Refuse files that are named for two splits: one would be measured on the other's text."""
+        seen: dict[Path | str, str] = {}
+        for split, names in self._groups().items():
+            for file in {*names, *local_files(names)}:
+                if seen.setdefault(file, split) != split:
+                    raise ValueError(f"data.data_files: {file} is in {seen[file]} and in {split}")
+
+    def check_splits(self, names: Mapping[str, str | None]) -> None:
+        """Refuse a split of the dataset that is named twice."""
+        for (option, name), (other, its) in pairs(names):
+            if name == its:
+                refuse_shared(option, name, other, its)
+
+    def check_slices(self, names: Mapping[str, str | None]) -> None:
+        """Refuse slices and sums of splits, as in train[:90%] or train+test, that share rows."""
+        if not any(re.search(r"[+\[]|^all$", name) for two in pairs(names) for _, name in two):
+            return
+        sizes = {}
+        for name in filter(None, names.values()):
+            known = self._load(name).info.splits or {}
+            sizes |= {split: info.num_examples for split, info in known.items()}
+        for (option, name), (other, its) in pairs(names):
+            mine, others = ranges(name, sizes), ranges(its, sizes)
+            if any(a == b and max(i, k) < min(j, m) for a, i, j in mine for b, k, m in others):
+                refuse_shared(option, name, other, its)
+
+    def _groups(self) -> dict[str, list[str]]:
+        files = self.data_files or []
+        groups = files if isinstance(files, Mapping) else {"train": files}
+        return {
+            s: [names] if isinstance(names, str) else list(names) for s, names in groups.items()
+        }
+
+    def batches(self, split: str) -> Iterator[pa.LargeStringArray]:
+        """The text of a split's rows, with a progress bar; rows without any are left out.
+
+        Raises:
+            ValueError: the split cannot be loaded, has no such column, or the column no text.
+        """
+        data = self._shuffled(self._load(split))
+        held, mapped = 0, [entry["filename"] for entry in getattr(data, "cache_files", [])]
+        with tqdm(desc=f"{self.name} {split}", unit=" rows", delay=1) as bar:
+            for table in self._read(split, data):
+                for batch in documents(self._texts(table, bar.n)):
+                    yield batch
+                    held += batch.nbytes
+                    if held >= HELD:
+                        held = release(mapped)
+                bar.update(len(table))
+        release(mapped)
+
+    def _read(self, split: str, data: "Dataset | IterableDataset") -> Iterator[pa.Table]:
+        try:
+            rows = rows_at_once(data, self.text_column)
+            yield from data.with_format("arrow").iter(batch_size=rows)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:  # a stream is read here
+            self._refuse(split, error)
+
+    def _texts(self, table: pa.Table, first: int) -> pa.LargeStringArray:
+        """The column of text, without empty rows; `first` is the number of the table's first."""
+        if self.text_column not in table.column_names:
+            raise ValueError(
+                f"data.text_column={self.text_column!r} is no column of {self.name}: it has "
+                f"{', '.join(table.column_names)}"
+            )
+        column = table[self.text_column]
+        if column.null_count == len(column):
+            return pa.array([], pa.large_string())
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            refuse_rows(self.text_column, column, first)
+        texts = column.cast(pa.large_string()).combine_chunks()
+        return texts.filter(pa.array(np.diff(offsets(texts)) > 0))  # null has no bytes
+
+    def _load(self, split: str) -> "Dataset | IterableDataset":
+        import datasets  # takes a second to import
+        from datasets.exceptions import DatasetsError
+
+        folder = Path(self.name).expanduser()
+        try:
+            if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+                return self._saved(folder, split)
+            return datasets.load_dataset(
+                str(folder) if folder.exists() else self.name,
+                self.config,
+                split=split,
+                data_files=self.data_files,
+                revision=self.revision,
+                streaming=self.streaming,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, DatasetsError) as error:
+            self._refuse(split, error)
+
+    def _saved(self, folder: Path, split: str) -> "Dataset | IterableDataset":
+        import datasets
+
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.Dataset):  # one split; a slice goes by the split's name
+            saved = {re.split(r"\W", str(saved.split or "train"))[0]: saved}
+        if split not in saved:
+            raise ValueError(f"there is no such split; it has {', '.join(map(str, saved))}")
+        data = saved[split]
+        return data.to_iterable_dataset() if self.streaming else data
+
+    def _refuse(self, split: str, error: Exception) -> NoReturn:
+        reasons = [str(error)]
+        if error.__cause__ is not None and str(error.__cause__) not in reasons[0]:
+            reasons.append(str(error.__cause__))
+        if self.name == "json" and (line := broken_line(self.files(), self.text_column)):
+            reasons.append(line)
+        if isinstance(error, OSError | ConnectionError) and not self.files():
+            reasons.append(
+                "Without a network, take files of this machine (data.name=json "
+                "data.data_files=corpus.jsonl), HF_HUB_OFFLINE=1 with a dataset that was fetched "
+                "before, or data=stdlib"
+            )
+        raise ValueError(
+            f"data.name={self.name!r} data.config={self.config!r}: split {split!r} cannot be "
+            f"loaded: {'. '.join(reasons)}"
+        ) from error
+
+    def _shuffled(self, data: "Dataset | IterableDataset") -> "Dataset | IterableDataset":
+        if self.shuffle_seed is None:
+            return data
+        if self.streaming:
+            data = cast("IterableDataset", data)
+            return data.shuffle(seed=self.shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+        return data.shuffle(seed=self.shuffle_seed)
+
+
+def pairs(names: Mapping[str, str | None]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """Every two of the splits that are named."""
+    return list(combinations([(option, n) for option, n in names.items() if n is not None], 2))
+
+
+def ranges(name: str, sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """The rows that a name like train[:90%]+test means, as (split, first, end)."""
+    from datasets import ReadInstruction
+
+    parts = ReadInstruction.from_spec("+".join(sizes) if name == "all" else name)
+    return [(part.splitname, part.from_, part.to) for part in parts.to_absolute(sizes)]
+
+
+def refuse_shared(option: str, name: str, other: str, its: str) -> NoReturn:
+    """Say which two splits would hold the same documents, and the way out."""
+    raise ValueError(
+        f"data.{option}_split={name} and data.{other}_split={its} hold the same documents: name "
+        f"another split, or data.{other}_split=null to keep a fraction of the training ones out"
+    )
+
+
+def rows_at_once(data: "Dataset | IterableDataset", column: str) -> int:
+    """As many rows as hold about `BATCH` bytes, judged by the first ones."""
+    rows = [len(str(cast(dict, row).get(column))) for row in data.take(SAMPLED_ROWS)]
+    return max(1, min(ROWS, BATCH * len(rows) // (sum(rows) + 1)))
+
+
+def refuse_rows(column: str, values: pa.Array, first: int) -> NoReturn:
+    """Say of a column without text what it holds, and where."""
+    rows = enumerate(values.to_pylist(), first)
+    found = {row: value for row, value in rows if value is not None}
+    mixed = "json" in str(values.type)  # each value is then its JSON
+    row = next((r for r in found if not (mixed and str(found[r]).startswith('"'))), first)
+    kind = "values of several kinds" if mixed else values.type
+    raise ValueError(
+        f"data.text_column={column!r} must hold text and holds {kind}: row {row} (counted from 0) "
+        f"is {str(found[row])[:60]}"
+    )
+
+
+def broken_line(files: list[Path], column: str) -> str | None:
+    """The first line of JSON Lines that is none, or has no text that UTF-8 can hold."""
+    for file in files:
+        lines = (line for line in text_lines(file) if line.strip())
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                str(row.get(column, "")).encode()
+            except (ValueError, AttributeError) as error:
+                return f"{file} line {number}: {error}"
+    return None
+
+
+def text_lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked."""
+    rest = b""
+    for block in unpacked(file):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    yield rest
