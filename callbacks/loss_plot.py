@@ -1,5 +1,6 @@
 """loss.png: the metric of the data against steps and tokens."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from callbacks.metric import metric_of
 from callbacks.preemption import Preempted
 from runs.folder import leaves_files, replacing, run_folder
 
+log = logging.getLogger(__name__)
+
 TRAIN, VALIDATION = "#8aa9c9", "#c2452d"
 TICKS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 Curve = list[tuple[int, float]]
 
 
 class LossPlot(Callback):
-    """Draws metrics.csv after every validation and at the end of training. Needs the CSV logger.
+    """Draws metrics.csv after every validation and at the end of training. Without the CSV
+    logger there is nothing to draw, which is said.
 
     Args:
         smoothing: the training curve's bold line is the mean over this share of the run so far,
@@ -35,10 +39,7 @@ class LossPlot(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         has_csv = any(isinstance(logger, RunCSVLogger) for logger in trainer.loggers)
         if stage == "fit" and not has_csv and leaves_files(trainer):
-            raise ValueError(
-                "callbacks.loss_plot draws metrics.csv: add the csv logger, or drop the plot with "
-                "~callbacks.loss_plot"
-            )
+            log.warning("loss.png is not drawn: it is made of metrics.csv, and logger= has no csv")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -32,7 +32,9 @@ class CommandLine(NamedTuple):
 
     def words(self) -> list[str]:
         """As Hydra reads it in one go: flags first, none of which takes an override for a value."""
-        return [*(spelled(flag, value) for flag, value in self.flags.items()), *self.overrides]
+        flags = [spelled(flag, value) for flag, value in self.flags.items()]
+        # Hydra's help on itself composes its own config alone, in which nothing of ours fits.
+        return flags if "hydra_help" in self.flags else [*flags, *self.overrides]
 
     def asks_for_words(self) -> bool:
         """Whether nothing of a run is asked for: help, information, or another command line."""

@@ -49,7 +49,7 @@ def build(cfg: DictConfig) -> Run:
     module = NSALightningModule(**{part: settings[part] for part in parts})
     trainer = build_trainer(cfg)
     module.check_trainer(trainer)
-    time_limit.check(cfg.max_time_per_start, trainer)
+    time_limit.limit_start(cfg.max_time_per_start, trainer)
     # Until runs.division knows better: one sequence at once.
     trainer.accumulate_grad_batches = share_of(cfg.batch.sequences_per_step, trainer.world_size)
     datamodule = instantiate(cfg.data, micro_batch_size=1)
@@ -149,8 +149,7 @@ def train(run: Run, cfg: DictConfig) -> dict[str, Any]:
     division = StepDivision(**cfg.batch, val_every_n_steps=cfg.val_every_n_steps, announce=announce)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.insert(0, division)  # before any that asks how a step is divided
-    with time_limit.per_start(cfg.max_time_per_start):
-        trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
     if trainer.is_global_zero:
         notices.say_why_it_ended(trainer)
     metrics: dict[str, Any] = dict(trainer.callback_metrics)

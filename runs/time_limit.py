@@ -4,10 +4,9 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.preemption import Preemption
 
@@ -24,31 +23,37 @@ def seconds(limit: str) -> float:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
 
 
-def check(limit: str | None, trainer: Trainer) -> None:
-    """Refuse a limit of another form, or one that nobody would save for.
+class StartLimit(Callback):
+    """After so long of training, this process tells itself to save and end, as a cluster would.
+
+    Args:
+        limit: DD:HH:MM:SS.
+    """
+
+    def __init__(self, limit: str) -> None:
+        self._timer = threading.Timer(seconds(limit), os.kill, (os.getpid(), signal.SIGUSR1))
+        self._timer.daemon = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._timer.start()  # callbacks.preemption listens from here on
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._timer.cancel()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+        self._timer.cancel()
+
+
+def limit_start(limit: str | None, trainer: Any) -> None:
+    """Add a `StartLimit`, last of all, if there is a limit.
 
     Raises:
-        ValueError: naming the way out.
+        ValueError: if the limit has another form, or nobody would save the run.
     """
     if limit is None:
         return
-    seconds(limit)
-    if not any(isinstance(c, Preemption) for c in trainer.callbacks):  # type: ignore[attr-defined]
+    if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
         raise ValueError(
             f"max_time_per_start={limit} saves through callbacks.preemption: keep that callback"
         )
-
-
-@contextmanager
-def per_start(limit: str | None) -> Iterator[None]:
-    """After so long, this process tells itself to save and to end, as a cluster would."""
-    if limit is None:
-        yield
-        return
-    tell = threading.Timer(seconds(limit), os.kill, (os.getpid(), signal.SIGUSR1))
-    tell.daemon = True
-    tell.start()
-    try:
-        yield
-    finally:
-        tell.cancel()
+    trainer.callbacks.append(StartLimit(limit))

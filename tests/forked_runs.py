@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,16 +39,18 @@ def run(
     ranks: int = 1,
     launcher: str = "torchrun",
     sent: Signal | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> list[int]:
     """Exit codes of all ranks of `python train.py ARGUMENTS` in `folder`; output goes to run.log.
 
     A rank that dies by SIGKILL takes the others with it, as a machine would.
     """
     place = ENVIRONMENTS[launcher] if ranks > 1 else (lambda rank, ranks, port: {})
+    given = dict(environment or {})
     port = free_port()
     common = (folder, list(arguments), sent)
     processes = [
-        FORKS.Process(target=one_rank, args=(rank, place(rank, ranks, port), *common))
+        FORKS.Process(target=one_rank, args=(rank, place(rank, ranks, port) | given, *common))
         for rank in range(ranks)
     ]
     for process in processes:

@@ -1,13 +1,22 @@
 """Two runs never share a folder, and one that cannot be written ends the program at once."""
 
+import errno
+import fcntl
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
+from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
 
+from runs.file_lock import NamedLock, held
 from runs.lock import RunLock
+
+setup_globals()  # ${now:…}
 
 TAKE = """
 import sys
@@ -55,3 +64,41 @@ def test_other_ranks_leave_the_lock_to_rank_zero(tmp_path: Path, monkeypatch, na
     monkeypatch.setenv(name, "1")
     RunLock().on_run_start(config(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_the_clock_names_is_a_new_one(tmp_path: Path) -> None:
+    taken = []
+    for _ in range(3):
+        cfg = OmegaConf.create(
+            {"hydra": {"sweep": {"dir": f"{tmp_path}/${{now:%Y}}"}, "overrides": {"hydra": []}}}
+        )
+        RunLock().on_multirun_start(cfg)
+        taken.append(Path(cfg.hydra.sweep.dir).name)
+        assert all(taken[-1] in word for word in cfg.hydra.overrides.hydra)  # its jobs are told
+    assert [name.partition("_")[2] for name in taken] == ["", "2", "3"]
+
+
+def test_without_flock_a_lock_is_a_file_that_says_whose_it_is(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "a.lock"
+    with held(path):
+        assert path.read_text().split()[:2] == [str(os.getpid()), socket.gethostname()]
+    assert not path.exists()
+    for content, holder in (("7\nnode9\n", "process 7 on node9"), ("", "a process that left no")):
+        path.write_text(content)
+        with pytest.raises(Timeout):
+            NamedLock(path).acquire(0.1)
+        assert f"waiting for {holder}" in caplog.text and f"holds {path}" in caplog.text
+
+
+def test_who_waits_says_for_whom(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "a.lock"
+    with held(path), pytest.raises(Timeout):
+        NamedLock(path).acquire(0.1)
+    here = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"waiting for {here}, which holds {path}" in caplog.text
