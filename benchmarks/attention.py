@@ -22,7 +22,7 @@ from benchmarks.judge import Verdict, any_order
 from benchmarks.rivals import RIVALS, backend_of
 from benchmarks.workers import Assignment, Job, Row, Unavailable, attempt
 from benchmarks.workloads import LAYOUTS, OURS, PAPER, Item, Layout, Workload
-from nsa import ops
+from nsa.backends import resolve_backend
 
 MODULE = "benchmarks.attention"
 ITEMS = OURS | RIVALS
@@ -84,7 +84,7 @@ class Bench:
         self.layout, self.options = LAYOUTS[group], options
         self.device: torch.device = options.device
         self.dtype = dtype_on(self.device)
-        self.backend = ops.resolve_backend(options.backend)
+        self.backend = resolve_backend(options.backend)
         self.verdicts: dict[str, Verdict] = {}
         self.workload = self.new_workload(options.check_tokens)
 

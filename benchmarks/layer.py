@@ -7,8 +7,8 @@ from torch import nn
 
 from benchmarks.measure import milliseconds, peak_mib, sizes_of
 from benchmarks.workers import Job, Row, Unavailable, attempt
-from nsa import ops
 from nsa.attention import Attention, SparseAttention, WindowAttention
+from nsa.backends import resolve_backend
 from nsa.config import NSAConfig
 
 DIM, DIM_HEAD, HEADS, KV_HEADS = 512, 64, 8, 2
@@ -26,7 +26,7 @@ def build(kind: str, backend: str) -> nn.Module:
     if kind == "dense":
         return Attention(DIM, DIM_HEAD, HEADS, KV_HEADS)
     try:
-        ops.resolve_backend(backend)
+        resolve_backend(backend)
     except ValueError as error:
         raise Unavailable(str(error)) from error
     if kind == "window":

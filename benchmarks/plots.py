@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from benchmarks import measure
 
 DOCS = Path(__file__).parents[1] / "docs"
-OURS = ("triton", "reference", "flex")
+OURS = ("triton", "torch", "reference", "flex")
 BASELINE = ("dense", "cudnn")
 PARTS = ("compressed", "select", "selected", "window", "combine", "pool")
 STYLES: dict[tuple[str, str], dict] = {  # of whole ops, by op and the first word of the backend

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from benchmarks.judge import Verdict, any_order, by_descriptor, judge, judge_selection
 from benchmarks.workers import Unavailable
-from nsa import ops, pooling, reference
+from nsa import reference
+from nsa.backends import BACKENDS, Backend
+from nsa.branches import gated_attention
 from nsa.config import NSAConfig
+from nsa.heads import Projected
 
 PAPER = NSAConfig()  # its sizes are the defaults
 BOTH_ORDERS = (True, False)  # of selected attention: query tiles outside, or key blocks outside
@@ -102,8 +105,8 @@ class Workload:
         return self.ops.select_blocks(self.q, self.compressed[0], self.lse, self.cfg)
 
     @property
-    def ops(self) -> ops.Backend:
-        return ops.BACKENDS[self.backend]
+    def ops(self) -> Backend:
+        return BACKENDS[self.backend]
 
     def compare(
         self,
@@ -149,37 +152,24 @@ class Item:
     unchecked: str = ""  # why there are no checks
 
 
-def nsa(
-    backend: Any, cfg: NSAConfig, gates: Tensor, q: Tensor, q_rot: Tensor, *kv: Tensor, indices=None
-) -> Tensor:
-    """NSA from projected heads to the gated sum; `backend` is any namespace of the ops."""
-    k_raw, v_raw, k_slc, v_slc, k_win, v_win = kv
-    means = getattr(backend, "block_means", pooling.block_means)
-    k_cmp, v_cmp = means(k_raw, cfg), means(v_raw, cfg)
-    if getattr(backend, "gated_attention", None):
-        compressed, lse = backend.compressed_attention(
-            q.detach(), k_cmp.detach(), v_cmp.detach(), cfg
-        )
-        if indices is None:
-            indices = backend.select_blocks(q, k_cmp, lse, cfg)
-        rotated = q_rot, k_slc, v_slc, indices, k_win, v_win
-        return backend.gated_attention(gates, q, k_cmp, v_cmp, compressed, lse, *rotated, cfg)
-    compressed, lse = backend.compressed_attention(q, k_cmp, v_cmp, cfg)
-    if indices is None:
-        indices = backend.select_blocks(q, k_cmp, lse, cfg)
-    selected = backend.selected_attention(q_rot, k_slc, v_slc, indices, cfg)
-    sliding = backend.sliding_window_attention(q_rot, k_win, v_win, cfg)
-    return backend.combine(gates, compressed, selected, sliding)
-
-
 def whole(w: Workload) -> Item:
-    """Judged with the blocks it selects itself: a tie that falls otherwise is no error."""
+    """From projected heads to the gated sum.
+
+    Judged with the blocks it selects itself: a tie that falls otherwise is no error.
+    """
+
+    def nsa(backend: str, inputs: Sequence[Tensor], indices: Tensor | None = None) -> Tensor:
+        gates, q, q_rot, k, v, *rotated = inputs
+        means = BACKENDS[backend].block_means
+        compressed = means(k, w.cfg), means(v, w.cfg)
+        projected = Projected(q, *compressed, None, None, q_rot, *rotated, gates)
+        return gated_attention(projected, w.cfg, backend=backend, block_indices=indices)
 
     def op(*inputs: Tensor) -> Tensor:
-        return nsa(w.ops, w.cfg, *inputs)
+        return nsa(w.backend, inputs)
 
     def oracle(*inputs: Tensor) -> Tensor:
-        return nsa(reference, w.cfg, *inputs, indices=w.indices)
+        return nsa("reference", inputs, w.indices)
 
     inputs = (w.gates, w.q, w.q_rot, *w.keys_and_values)
     names = "out dgates dq dq_rot dk_cmp dv_cmp dk_slc dv_slc dk_win dv_win"

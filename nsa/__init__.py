@@ -8,6 +8,7 @@ from nsa.compress_networks import (
     ConvLinearCompress,
     GroupedMLP,
     MeanPool,
+    PerHeadTransformer,
     SingleProjection,
     build_compress_network,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "GroupedMLP",
     "MeanPool",
     "NSAConfig",
+    "PerHeadTransformer",
     "SingleProjection",
     "SparseAttention",
     "Transformer",

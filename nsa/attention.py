@@ -1,27 +1,39 @@
-"""The three attentions a layer can have; all map tokens [B T M] to tokens [B T M].
+"""`SparseAttention`: Native Sparse Attention (arXiv 2502.11089) as a layer.
 
-`SparseAttention` is Native Sparse Attention (arXiv 2502.11089), `WindowAttention` and `Attention`
-its sliding-window and dense counterparts. Letters as in `nsa.reference`; M is the model's width.
+Maps tokens [B T M] to tokens [B T M]; M is the model's width, other letters as in `nsa.reference`.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
-from nsa import decoding, ops
-from nsa.cache import LayerCache, dense_cache, sparse_cache, window_cache
-from nsa.compress_networks import BlockCompressor, CompressMLP
+from nsa import blocks, decoding, ops
+from nsa.backends import resolve_backend
+from nsa.branches import attend_branches, gated_attention
+from nsa.cache import LayerCache, sparse_cache
+from nsa.compress_networks import BlockCompressor, CompressMLP, check_folds
 from nsa.config import NSAConfig
+from nsa.gates import gate_network, split_gates
 from nsa.heads import Branches, Heads, Projected
-from nsa.rotary import angles_at, rotary_angles, rotate
+from nsa.importance import RULES, Rule
+from nsa.layer import AttentionLayer, check_heads, check_tokens, like_keys
+from nsa.plugins import Spec, find
+from nsa.rotary import rotary_angles
+from nsa.twins import Attention, WindowAttention
+
+__all__ = ["Attention", "SparseAttention", "WindowAttention"]
+
+log = logging.getLogger(__name__)
 
 
-class SparseAttention(nn.Module):
+class SparseAttention(AttentionLayer):
     """Native Sparse Attention: compressed, selected and sliding-window attention, gated (eq. 5).
 
     Positional arguments have the names and the order of native-sparse-attention-pytorch.
@@ -36,11 +48,15 @@ class SparseAttention(nn.Module):
             the importances that chose their blocks.
         query_heads_share_selected_kv: one selection a key/value head (the paper), or a query head.
         compress_mlp: φ, a module from [b h w n d] to [b h w d]; copied for keys and for values.
+            None is the paper's MLP over a whole block (`CompressMLP`), which outweighs the layer
+            at the paper's sizes: 34.6 of 49.4 million parameters with dim 2048, dim_head 128 and
+            heads 16. Lighter: `AttentionPool`, `MeanPool`, a small `compress_mlp_expand_factor`.
         compress_mlp_expand_factor: hidden width of the MLP that is φ where `compress_mlp` is None.
         strategy_combine_mlp: a module from M to 3 * heads gate logits, branch fastest; None is a
             linear layer of zero weight and bias `gate_bias`.
-        backend: an entry of `ops.BACKENDS`, or "auto"; `self.backend` is the choice made.
-        num_initial_blocks, num_local_blocks, importance: see `NSAConfig`.
+        backend: an entry of `nsa.backends.BACKENDS`, or "auto"; `self.backend` is the choice made.
+        num_initial_blocks, num_local_blocks: see `NSAConfig`.
+        importance: a rule of `nsa.importance.RULES` by name, or one's own (see `nsa.plugins`).
         kv_per_branch: keys and values of their own for each branch (the paper), or shared ones.
         compressed_output: False keeps compressed keys for selection only.
         gate_bias: initial bias of the gate logits: one number, or one each for compressed,
@@ -48,7 +64,8 @@ class SparseAttention(nn.Module):
         rope_base: base of the rotary embedding of the selected and sliding branches.
 
     Raises:
-        ValueError: for sizes `NSAConfig` refuses, and for options that exclude one another.
+        ValueError: for sizes `NSAConfig` refuses, for options that exclude one another or that the
+            backend lacks, and for a φ that does not give [b h w d].
     """
 
     def __init__(
@@ -74,7 +91,7 @@ class SparseAttention(nn.Module):
         *,
         num_initial_blocks: int = 1,
         num_local_blocks: int = 2,
-        importance: str = "probability_sum",
+        importance: Spec = "probability_sum",
         kv_per_branch: bool = True,
         compressed_output: bool = True,
         gate_bias: float | Sequence[float] = 0.0,
@@ -90,15 +107,15 @@ class SparseAttention(nn.Module):
             num_initial_blocks=num_initial_blocks,
             num_local_blocks=num_local_blocks,
             causal=causal,
-            importance=importance,
+            importance=importance_rule(importance),
         )
         self.heads, self.dim_head = heads, dim_head
-        self.kv_heads = _check_heads(heads, kv_heads, dim_head)
+        self.kv_heads = check_heads(heads, kv_heads, dim_head)
         self.use_diff_topk = use_diff_topk and num_selected_blocks > 0
         self.shared_selection = query_heads_share_selected_kv
         self.compressed_output = compressed_output
         self.rope_base = rope_base
-        self.backend = ops.resolve_backend(backend, use_diff_topk=self.use_diff_topk)
+        self.backend = self._resolve_backend(backend, num_compressed_mem_kv)
         phi = compress_mlp
         if phi is None:
             phi = CompressMLP(dim_head, compress_block_size, compress_mlp_expand_factor)
@@ -111,13 +128,25 @@ class SparseAttention(nn.Module):
         kv_width = (max(self.kv_layout) + 1) * self.kv_heads * dim_head
         self.to_kv = nn.Linear(dim, kv_width, bias=False)
         self._build_compression(phi, num_compressed_mem_kv)
-        self.to_gates = _gate_network(dim, heads, gate_bias, strategy_combine_mlp)
+        self.to_gates = gate_network(dim, heads, gate_bias, strategy_combine_mlp)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self._say_if_phi_outweighs_the_rest()
+
+    def _resolve_backend(self, backend: str, num_memories: int) -> str:
+        needed = {
+            "causal=False": not self.cfg.causal,
+            "num_compressed_mem_kv": num_memories > 0,
+            "query_heads_share_selected_kv=False": not self.shared_selection,
+            "use_diff_topk=True": self.use_diff_topk,
+        }
+        options = [option for option, wanted in needed.items() if wanted]
+        return resolve_backend(backend, options=options, importance=self.cfg.importance)
 
     def _build_compression(self, phi: nn.Module, num_memories: int) -> None:
         if num_memories < 0:
             raise ValueError(f"num_compressed_mem_kv={num_memories} must be at least 0")
         cfg, groups, width = self.cfg, self.kv_heads, self.dim_head
+        check_folds(phi, groups, cfg.compress_block_size, width)
         # Compressed keys that only rank blocks have no gradient: no positions then.
         learns = self.compressed_output or self.use_diff_topk
         means = partial(ops.block_means, backend=self.backend)
@@ -146,6 +175,7 @@ class SparseAttention(nn.Module):
             counts: with a cache, how many of the T tokens each sequence has; the others, at the
                 end, are padding.
         """
+        check_tokens(tokens, self.to_q.in_features)
         if cache is None and not return_cache:
             return self.to_out(self.gated_sum(self._project(tokens)).flatten(-2))
         cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
@@ -154,27 +184,28 @@ class SparseAttention(nn.Module):
 
     def gated_sum(self, x: Projected) -> Float[Tensor, "B T H D"]:
         """The branches, weighed by their gates (eq. 5)."""
-        if self.attends_at_once:
-            return self._attend_at_once(x)
-        compressed, selected, sliding, gates, _ = self.attend(x)
-        return ops.combine(gates, compressed, selected, sliding, backend=self.backend)
+        return gated_attention(x, self.cfg, **self._rules)
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """A cache of no tokens, with room for `capacity` each of `batch` sequences."""
-        like = _like_keys(self, batch)
+        like = like_keys(self, batch)
         return sparse_cache(self.cfg, like, capacity, values=self.compressed_output)
-
-    @property
-    def attends_at_once(self) -> bool:
-        """Whether the backend has one op for the branches of such a layer and their sum."""
-        plain = self.compressed_output and self.cfg.num_selected_blocks and not self.use_diff_topk
-        return bool(plain) and ops.BACKENDS[self.backend].gated_attention is not None
 
     def branches(self, tokens: Float[Tensor, "B T M"], cache: LayerCache | None = None) -> Branches:
         """The outputs of the three branches, their gates and the selected blocks."""
+        check_tokens(tokens, self.to_q.in_features)
         if cache is not None:
             return decoding.sparse_branches(self, tokens, cache)
-        return self.attend(self._project(tokens))
+        return attend_branches(self._project(tokens), self.cfg, **self._rules)
+
+    @property
+    def _rules(self) -> dict[str, Any]:
+        return dict(
+            backend=self.backend,
+            shared=self.shared_selection,
+            use_diff_topk=self.use_diff_topk,
+            compressed_output=self.compressed_output,
+        )
 
     def _project(self, tokens: Float[Tensor, "B T M"]) -> Projected:
         return self.compress_and_rotate(self.split_heads(tokens))
@@ -184,7 +215,7 @@ class SparseAttention(nn.Module):
         tokens = self.norm(tokens)
         q = self.to_q(tokens).unflatten(-1, (self.heads, self.dim_head))
         kv = self.to_kv(tokens).unflatten(-1, (-1, self.kv_heads, self.dim_head)).unbind(2)
-        gates = _split_gates(self.to_gates(tokens), self.heads).sigmoid()
+        gates = split_gates(self.to_gates(tokens), self.heads).sigmoid()
         k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (kv[i] for i in self.kv_layout)
         return Heads(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
 
@@ -208,198 +239,56 @@ class SparseAttention(nn.Module):
             return None, None
         return self.mem_k.to(like), self.mem_v.to(like)
 
-    def _attend_at_once(self, x: Projected) -> Float[Tensor, "B T H D"]:
-        """The gated sum from one op that has the gradients of all branches."""
-        q, k_cmp, v_cmp = x.q.detach(), x.k_cmp.detach(), x.v_cmp.detach()
-        memory = (None if mem is None else mem.detach() for mem in (x.mem_k, x.mem_v))
-        compressed, lse = ops.compressed_attention(
-            q, k_cmp, v_cmp, self.cfg, *memory, backend=self.backend
-        )
-        block_indices = ops.select_blocks(
-            q, k_cmp, lse, self.cfg, self.shared_selection, backend=self.backend
-        )
-        return ops.gated_attention(
-            x.gates, x.q, x.k_cmp, x.v_cmp, compressed, lse,
-            x.q_rot, x.k_slc, x.v_slc, block_indices, x.k_win, x.v_win,
-            self.cfg, x.mem_k, x.mem_v, backend=self.backend,
-        )  # fmt: skip
+    def keys_per_query(self, num_tokens: int) -> dict[str, Int[Tensor, " T"]]:
+        keys = blocks.keys_per_query(num_tokens, self.cfg)
+        return keys if self.compressed_output else keys | {"compressed": 0 * keys["sliding"]}
 
-    def attend(self, x: Projected) -> Branches:
-        """The branches of a whole sequence, one by one."""
-        cfg, backend = self.cfg, self.backend
-        compressed, lse = ops.compressed_attention(
-            x.q, x.k_cmp, x.v_cmp, cfg, x.mem_k, x.mem_v, backend=backend
+    def compress_flops(self, num_tokens: int) -> float:
+        """One block of φ, counted, times C."""
+        shape = (1, self.cfg.compress_block_size, self.kv_heads, self.dim_head)
+        block = torch.empty(shape, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            for compressor in (self.compress_k, self.compress_v):
+                if compressor is not None:
+                    sizes = {name: p.shape for name, p in compressor.named_parameters()}
+                    blank = {name: torch.empty(sizes[name], device="meta") for name in sizes}
+                    functional_call(compressor, blank, block)
+        return float(counter.get_total_flops()) * blocks.num_compress_blocks(num_tokens, self.cfg)
+
+    def extra_repr(self) -> str:
+        cfg = self.cfg
+        return (
+            f"w={cfg.sliding_window_size}, l={cfg.compress_block_size}, "
+            f"d={cfg.compress_block_sliding_stride}, l′={cfg.selection_block_size}, "
+            f"n={cfg.num_selected_blocks}, heads={self.heads}, kv_heads={self.kv_heads}, "
+            f"causal={cfg.causal}, backend={self.backend}"
         )
-        if not self.compressed_output:
-            compressed = torch.zeros_like(x.q)
-        block_indices = ops.select_blocks(
-            x.q, x.k_cmp, lse, cfg, self.shared_selection, backend=backend
-        )
-        selected = torch.zeros_like(x.q)
-        if cfg.num_selected_blocks:
-            block_gates = self._block_gates(x.q, x.k_cmp, lse, block_indices)
-            selected = ops.selected_attention(
-                x.q_rot, x.k_slc, x.v_slc, block_indices, cfg, block_gates, backend=backend
+
+    def _say_if_phi_outweighs_the_rest(self) -> None:
+        whole = sum(p.numel() for p in self.parameters())
+        compressors = [c for c in (self.compress_k, self.compress_v) if c is not None]
+        phi = sum(p.numel() for c in compressors for p in c.network.parameters())
+        if 2 * phi > whole:
+            _warn_once(
+                f"φ ({type(self.compress_k.network).__name__}, for keys and for values) has "
+                f"{phi / 1e6:.1f} of this layer's {whole / 1e6:.1f} million parameters "
+                f"({phi / whole:.0%}): compress_mlp=AttentionPool(dim_head, compress_block_size), "
+                "MeanPool(), or a small compress_mlp_expand_factor are lighter"
             )
-        sliding = ops.sliding_window_attention(x.q_rot, x.k_win, x.v_win, cfg, backend=backend)
-        return Branches(compressed, selected, sliding, x.gates, block_indices)
-
-    def _block_gates(
-        self,
-        q: Float[Tensor, "B T H D"],
-        k_cmp: Float[Tensor, "B C G D"],
-        lse: Float[Tensor, "B T H"],
-        block_indices: Int[Tensor, "B T J N"],
-    ) -> Float[Tensor, "B T J N"] | None:
-        """Ones whose gradient is that of the selected blocks' importances, for `use_diff_topk`."""
-        if not self.use_diff_topk:
-            return None
-        chosen = ops.selected_importance(
-            q, k_cmp, lse, block_indices, self.cfg, backend=self.backend
-        )
-        return 1.0 + (chosen - chosen.detach())
 
 
-class Attention(nn.Module):
-    """Dense attention (eq. 1-2), rotary, through PyTorch's scaled_dot_product_attention.
-
-    `output_gate` multiplies each head's output by a sigmoid of the normed input, as NSA's gates
-    do: zero weight and bias at the start (arXiv 2505.06708, headwise).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        dim_head: int,
-        heads: int,
-        kv_heads: int | None = None,
-        causal: bool = True,
-        norm: bool = True,
-        *,
-        output_gate: bool = False,
-        rope_base: float = 10_000.0,
-    ) -> None:
-        super().__init__()
-        self.heads, self.dim_head, self.causal = heads, dim_head, causal
-        self.kv_heads = _check_heads(heads, kv_heads, dim_head)
-        self.rope_base = rope_base
-        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * self.kv_heads * dim_head, bias=False)
-        self.to_gate = _zero_linear(dim, heads) if output_gate else None
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "B T M"],
-        cache: LayerCache | None = None,
-        return_cache: bool = False,
-        *,
-        counts: Int[Tensor, " B"] | None = None,
-    ) -> Any:
-        """See `SparseAttention.forward`."""
-        tokens = self.norm(tokens)
-        if cache is None and not return_cache:
-            q, k, v = rotated_qkv(self, tokens, "reference")
-            return self._gated(tokens, decoding.scaled_dot_product(q, k, v, causal=self.causal))
-        cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
-        project = partial(rotated_qkv, self, tokens, "reference")
-        decoding.make_room(cache, tokens.shape[1], causal=self.causal)
-        out = self._gated(tokens, decoding.dense_attention(project, cache, counts))
-        return (out, cache) if return_cache else out
-
-    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
-        """See `SparseAttention.empty_cache`."""
-        return dense_cache(_like_keys(self, batch), capacity)
-
-    def _gated(
-        self, tokens: Float[Tensor, "B T M"], out: Float[Tensor, "B T H D"]
-    ) -> Float[Tensor, "B T M"]:
-        if self.to_gate is not None:
-            out = out * self.to_gate(tokens).sigmoid()[..., None]
-        return self.to_out(rearrange(out, "B T H D -> B T (H D)"))
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
-class WindowAttention(nn.Module):
-    """Sliding-window attention alone: exactly `sliding_window_size` keys, rotary."""
-
-    def __init__(
-        self,
-        dim: int,
-        dim_head: int,
-        heads: int,
-        sliding_window_size: int,
-        kv_heads: int | None = None,
-        causal: bool = True,
-        norm: bool = True,
-        backend: str = "auto",
-        *,
-        rope_base: float = 10_000.0,
-    ) -> None:
-        super().__init__()
-        self.cfg = NSAConfig(sliding_window_size=sliding_window_size, causal=causal)
-        self.heads, self.dim_head = heads, dim_head
-        self.kv_heads = _check_heads(heads, kv_heads, dim_head)
-        self.rope_base = rope_base
-        self.backend = ops.resolve_backend(backend)
-        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * self.kv_heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "B T M"],
-        cache: LayerCache | None = None,
-        return_cache: bool = False,
-        *,
-        counts: Int[Tensor, " B"] | None = None,
-    ) -> Any:
-        """See `SparseAttention.forward`."""
-        tokens = self.norm(tokens)
-        if cache is None and not return_cache:
-            q, k, v = rotated_qkv(self, tokens, self.backend)
-            out = ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)
-            return self.to_out(out.flatten(-2))
-        cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
-        project = partial(rotated_qkv, self, tokens, self.backend)
-        decoding.make_room(cache, tokens.shape[1], causal=self.cfg.causal)
-        out = decoding.window_attention(project, cache, self.cfg, counts, backend=self.backend)
-        out = self.to_out(out.flatten(-2))
-        return (out, cache) if return_cache else out
-
-    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
-        """See `SparseAttention.empty_cache`."""
-        return window_cache(self.cfg.sliding_window_size, _like_keys(self, batch), capacity)
-
-
-def _like_keys(
-    attn: SparseAttention | Attention | WindowAttention, batch: int
-) -> Float[Tensor, "B 0 G D"]:
-    """No keys, in the dtype and on the device of those that a layer makes."""
-    weight = attn.to_kv.weight
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(weight.device.type):
-        dtype = torch.get_autocast_dtype(weight.device.type)
-    return weight.new_empty(batch, 0, attn.kv_heads, attn.dim_head, dtype=dtype)
-
-
-def rotated_qkv(
-    attn: Attention | WindowAttention,
-    tokens: Float[Tensor, "B T M"],
-    backend: str,
-    positions: Callable[[int], Int[Tensor, "B T"]] | None = None,
-) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G D"]]:
-    """Queries, keys and values of normed tokens that stand at `positions`, or at 0 … T - 1."""
-    q = rearrange(attn.to_q(tokens), "B T (H D) -> B T H D", H=attn.heads)
-    k, v = rearrange(attn.to_kv(tokens), "B T (P G D) -> P B T G D", P=2, G=attn.kv_heads)
-    if positions is not None:
-        angles = angles_at(positions(tokens.shape[1]), attn.dim_head, base=attn.rope_base)
-        return rotate(q, angles), rotate(k, angles), v
-    angles = rotary_angles(
-        tokens.shape[1], attn.dim_head, base=attn.rope_base, device=tokens.device
-    )
-    return ops.rotate(q, angles, backend=backend), ops.rotate(k, angles, backend=backend), v
+def importance_rule(importance: Spec) -> str | Rule:
+    """A built-in rule stays its name, by which backends know it; one's own becomes a function."""
+    if isinstance(importance, str):
+        return importance
+    if isinstance(importance, Mapping) and set(importance) == {"name"}:
+        return importance["name"]
+    return importance if callable(importance) else find("importance", importance, RULES)
 
 
 def _kv_layout(kv_per_branch: bool, compressed_output: bool, selects: bool) -> tuple[int, ...]:
@@ -415,52 +304,6 @@ def _kv_layout(kv_per_branch: bool, compressed_output: bool, selects: bool) -> t
     selected = (first, first + 1)
     sliding = (first + 2, first + 3) if selects else selected
     return (*compressed, *selected, *sliding)
-
-
-def _split_gates(logits: Float[Tensor, "B T L"], heads: int) -> Float[Tensor, "B T H 3"]:
-    if logits.shape[-1] != 3 * heads:
-        raise ValueError(
-            f"strategy_combine_mlp gives {logits.shape[-1]} numbers a token: it must give "
-            f"3 * heads = {3 * heads}, the branches of a head side by side"
-        )
-    return rearrange(logits, "B T (H three) -> B T H three", three=3)
-
-
-def _gate_network(
-    dim: int, heads: int, gate_bias: float | Sequence[float], network: nn.Module | None
-) -> nn.Module:
-    """From tokens to gate logits; None: linear, its weight 0, so that gates start at the bias."""
-    bias = [gate_bias] * 3 if isinstance(gate_bias, int | float) else list(gate_bias)
-    if len(bias) != 3 or not all(isinstance(number, int | float) for number in bias):
-        raise ValueError(
-            f"gate_bias={bias} must be one number, or three: compressed, selected, sliding"
-        )
-    if network is not None:
-        if any(bias):
-            raise ValueError(
-                f"gate_bias={bias} is for the built-in gates: a strategy_combine_mlp brings its own"
-            )
-        return network
-    gates = _zero_linear(dim, 3 * heads)
-    with torch.no_grad():
-        gates.bias.copy_(torch.tensor(bias).repeat(heads))
-    return gates
-
-
-def _zero_linear(dim_in: int, dim_out: int) -> nn.Linear:
-    linear = nn.Linear(dim_in, dim_out)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def _check_heads(heads: int, kv_heads: int | None, dim_head: int) -> int:
-    kv_heads = heads if kv_heads is None else kv_heads
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
-    if dim_head % 2:
-        raise ValueError(f"dim_head={dim_head} must be even: rotary embedding turns pairs")
-    return kv_heads
 
 
 def _check_scores_can_learn(

@@ -5,7 +5,7 @@ They are checked once, here; everything below this file takes an `NSAConfig` at 
 
 from dataclasses import dataclass
 
-IMPORTANCES = ("probability_sum", "logit_mean")
+from nsa.importance import RULES, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class NSAConfig:
     num_initial_blocks: int = 1  # forced: the first blocks of the sequence
     num_local_blocks: int = 2  # forced: the query's own block and those just before it
     causal: bool = True
-    importance: str = "probability_sum"  # eq. 8-10, or "logit_mean"
+    importance: str | Rule = "probability_sum"  # a name in RULES (eq. 8-10), or one's own rule
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -41,9 +41,10 @@ class NSAConfig:
                 f"selection_block_size={selection} must be a multiple of "
                 f"compress_block_sliding_stride={d}: choose a stride that divides it"
             )
-        if self.importance not in IMPORTANCES:
+        if not callable(self.importance) and self.importance not in RULES:
             raise ValueError(
-                f"importance={self.importance!r} is unknown: choose one of {', '.join(IMPORTANCES)}"
+                f"importance={self.importance!r} is unknown: choose one of {', '.join(RULES)}, or "
+                "pass a function of the form that nsa.importance describes"
             )
 
     def _check_at_least(self, name: str, least: int) -> None:

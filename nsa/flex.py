@@ -112,7 +112,7 @@ def selected_attention(
 ) -> Float[Tensor, "B T H Dv"]:
     """`reference.selected_attention`, without gates."""
     if block_gates is not None:
-        raise ValueError("backend='flex' takes no block_gates: use backend='reference'")
+        raise ValueError("backend='flex' takes no block_gates: use backend='torch'")
     fine_mask = create_fine_mask(q.shape[1], cfg.selection_block_size, cfg.causal)
     return _attend(q, k, v, fine_mask(block_indices, q.shape[2] // block_indices.shape[2]))
 
@@ -158,7 +158,7 @@ def _eager_flex_attention(
 ) -> Tensor:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(
-            "backend='flex' has no backward on a CPU: train with backend='reference', or call it "
+            "backend='flex' has no backward on a CPU: train with backend='torch', or call it "
             "under torch.no_grad()"
         )
     q, k, v = q.detach(), k.detach(), v.detach()

@@ -1,118 +1,24 @@
 """The operations of Native Sparse Attention as the modules call them: checks, then a backend.
 
 Each op has the signature of its namesake in `nsa.reference`, plus `backend=`, the name of an entry
-of `BACKENDS`. Wrong shapes, dtypes or devices raise ValueError. A module chooses its backend once,
-by `resolve_backend`; nothing here falls back to another one.
+of `nsa.backends.BACKENDS`. Wrong shapes, dtypes or devices raise ValueError. A module chooses its
+backend once, by `nsa.backends.resolve_backend`; nothing here falls back to another one.
 """
-
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nsa import blocks, flex, local, pooling, reference, rotary
+from nsa import blocks
+from nsa.backends import BACKENDS, Backend, check_importance, interpreted
 from nsa.config import NSAConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backend:
-    """One implementation of every op; `lacks` maps an option it cannot do to the reason."""
-
-    block_means: Callable[..., Tensor]
-    compressed_attention: Callable[..., tuple[Tensor, Tensor]]
-    select_blocks: Callable[..., Tensor]
-    selected_importance: Callable[..., Tensor]
-    selected_attention: Callable[..., Tensor]
-    sliding_window_attention: Callable[..., Tensor]
-    combine: Callable[..., Tensor]
-    rotate: Callable[..., Tensor]
-    gated_attention: Callable[..., Tensor] | None = None  # the branches and their sum, if in one op
-    lacks: Mapping[str, str] = field(default_factory=dict)
-
-
-REFERENCE = Backend(
-    block_means=pooling.block_means,
-    compressed_attention=reference.compressed_attention,
-    select_blocks=reference.select_blocks,
-    selected_importance=reference.selected_importance,
-    selected_attention=reference.selected_attention,
-    sliding_window_attention=local.sliding_window_attention,
-    combine=reference.combine,
-    rotate=rotary.rotate,
-)
-
-BACKENDS = {
-    "reference": REFERENCE,
-    "flex": replace(
-        REFERENCE,
-        selected_attention=flex.selected_attention,
-        sliding_window_attention=flex.sliding_window_attention,
-        lacks={"use_diff_topk": "FlexAttention's scores take no gates that carry a gradient"},
-    ),
-}
-
-
-if find_spec("triton"):
-    from nsa import kernels
-
-    BACKENDS["triton"] = Backend(
-        block_means=kernels.block_means,
-        compressed_attention=kernels.compressed_attention,
-        select_blocks=kernels.select_blocks,
-        selected_importance=kernels.selected_importance,
-        selected_attention=kernels.selected_attention,
-        sliding_window_attention=kernels.sliding_window_attention,
-        combine=kernels.combine,
-        rotate=kernels.rotate,
-        gated_attention=kernels.gated_attention,
-    )
-
-
-def resolve_backend(backend: str, *, use_diff_topk: bool = False) -> str:
-    """The name of the backend a module will use, decided once, at construction.
-
-    "auto" is "triton" where Triton and a CUDA device of compute capability 8.0 or newer are at
-    hand, else "reference". Raises ValueError for an unknown name, for a backend that cannot run
-    here, and for an option that the backend lacks.
-    """
-    name = backend
-    if backend == "auto":
-        name = "triton" if "triton" in BACKENDS and _gpu_for_triton() else "reference"
-    if name not in BACKENDS:
-        raise ValueError(
-            f"backend={backend!r} is unknown: choose one of auto, {', '.join(BACKENDS)}"
-        )
-    if name == "triton" and not (_gpu_for_triton() or _interpreted()):
-        raise ValueError(
-            "backend='triton' needs a CUDA device of compute capability 8.0 or newer (or "
-            "TRITON_INTERPRET=1, for tests): use backend='reference', or 'auto'"
-        )
-    for option, wanted in {"use_diff_topk": use_diff_topk}.items():
-        if wanted and option in BACKENDS[name].lacks:
-            raise ValueError(
-                f"backend={name!r} does not cover {option}=True: {BACKENDS[name].lacks[option]}; "
-                f"use backend='reference' or {option}=False"
-            )
-    return name
-
-
-def _gpu_for_triton() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _chosen(backend: str, q: Tensor) -> Backend:
-    if backend == "triton" and not (q.is_cuda or _interpreted()):
+    if backend == "triton" and not (q.is_cuda or interpreted()):
         raise ValueError(
             f"backend='triton' runs on CUDA devices and the tensors are on {q.device}: move them "
-            f"there, or build with backend='reference'"
+            f"there, or build with backend='torch'"
         )
     return BACKENDS[backend]
 
@@ -120,7 +26,7 @@ def _chosen(backend: str, q: Tensor) -> Backend:
 def block_means(
     x: Float[Tensor, "B T G D"], cfg: NSAConfig, *, backend: str = "reference"
 ) -> Float[Tensor, "B C G D"]:
-    """See `pooling.block_means`."""
+    """See `reference.block_means`."""
     if x.shape[1] < cfg.compress_block_size:
         raise ValueError(
             f"{x.shape[1]} tokens have no block of compress_block_size={cfg.compress_block_size}: "
@@ -157,6 +63,7 @@ def select_blocks(
 ) -> Int[Tensor, "B T J N"]:
     """See `reference.select_blocks`."""
     _check_scores(q, k_cmp, lse, cfg)
+    check_importance(backend, cfg.importance)
     return _chosen(backend, q).select_blocks(q, k_cmp, lse, cfg, shared)
 
 
@@ -172,6 +79,7 @@ def selected_importance(
     """See `reference.selected_importance`."""
     _check_scores(q, k_cmp, lse, cfg)
     _check_indices(block_indices, q, k_cmp)
+    check_importance(backend, cfg.importance)
     return _chosen(backend, q).selected_importance(q, k_cmp, lse, block_indices, cfg)
 
 
@@ -266,7 +174,7 @@ def gated_attention(
 def rotate(
     x: Float[Tensor, "B T H D"], angles: Float[Tensor, "T half"], *, backend: str = "reference"
 ) -> Float[Tensor, "B T H D"]:
-    """See `rotary.rotate`."""
+    """See `reference.rotate`."""
     _check_shape("angles", angles, (x.shape[1], x.shape[3] // 2))
     return _chosen(backend, x).rotate(x, angles)
 

@@ -3,12 +3,14 @@
 Written to be read and to be believed: masks are dense, nothing is clever, any device and any
 float dtype will do. Other backends are judged by these functions, never the other way round.
 
+    means of compressed blocks      eq. 7      block_means
     attention over compressed keys  eq. 7      compressed_attention
     importance of selection blocks  eq. 8-10   block_importance
     the n blocks that are kept      eq. 11     select_blocks
     attention inside them           eq. 12     selected_attention
     attention over the last tokens  s. 3.3.3   sliding_window_attention
     the gated sum of the branches   eq. 5      combine
+    rotary position embedding                  rotate
 
 Letters: B batch, T tokens, K keys, H query heads, G key/value heads, R = H/G query heads a group,
 D head dimension (Dv of values), C compressed blocks, S selection blocks, N selected blocks, J index
@@ -30,6 +32,8 @@ from torch import Tensor
 
 from nsa import blocks
 from nsa.config import NSAConfig
+from nsa.importance import RULES
+from nsa.rotary import rotate as rotate
 
 
 def scaled_scores(
@@ -55,6 +59,11 @@ def attend(
     out = einsum(probs, v, "B G R T K, B K G Dv -> B T G R Dv")
     sees_nothing = rearrange(~mask.any(dim=-1), "B G R T -> B T G R 1")
     return rearrange(out.masked_fill(sees_nothing, 0.0), "B T G R Dv -> B T (G R) Dv"), scores
+
+
+def block_means(x: Float[Tensor, "B T G D"], cfg: NSAConfig) -> Float[Tensor, "B C G D"]:
+    """The mean of each compressed block, for at least l tokens: eq. 7 with the mean for φ."""
+    return reduce(blocks.compress_windows(x, cfg), "B G C l D -> B C G D", "mean")
 
 
 def for_all_heads(mask: Bool[Tensor, "*B T K"]) -> Bool[Tensor, "#B 1 1 T K"]:
@@ -102,29 +111,19 @@ def block_importance(
 ) -> Float[Tensor, "B T J S"]:
     """How much each query makes of each selection block (eq. 8-10); J is G, or H if not shared.
 
-    `importance="probability_sum"`: the compressed probabilities, spread over the selection blocks
-    by overlap (eq. 9), summed over the query heads of a group (eq. 10).
-    `importance="logit_mean"`, for comparison (the rule of native-sparse-attention-pytorch, with
-    eq. 9's overlaps as weights): the mean over the heads of a group of the mean scaled score of
-    the visible compressed blocks that overlap; the lowest finite number where there is none.
-    Differentiable in q, k_cmp and lse.
+    By the rule `cfg.importance` (see `nsa.importance`). Differentiable in q, k_cmp and lse.
     """
-    heads = "B G R T C -> B G T C" if shared else "B G R T C -> B (G R) T C"
     num_tokens = num_tokens or q.shape[1]
-    visible = for_all_heads(blocks.compress_visible(num_tokens, cfg, q.device, positions))
-    scores = scaled_scores(q, k_cmp)
+    scores, lse = scaled_scores(q, k_cmp), rearrange(lse, "B T (G R) -> B G R T", G=k_cmp.shape[2])
+    if not shared:
+        scores = rearrange(scores, "B G R T C -> B (G R) 1 T C")
+        lse = rearrange(lse, "B G R T -> B (G R) 1 T")
     scores = scores.to(_at_least_float32(scores))
+    visible = for_all_heads(blocks.compress_visible(num_tokens, cfg, q.device, positions))
     overlap = blocks.block_overlap(num_tokens, cfg, q.device).to(scores)
+    rule = RULES[cfg.importance] if isinstance(cfg.importance, str) else cfg.importance
     with _full_precision(q.device.type):  # a ranking hangs on these sums
-        if cfg.importance == "probability_sum":
-            lse = rearrange(lse, "B T (G R) -> B G R T 1", G=k_cmp.shape[2])
-            p_cmp = (scores - lse).masked_fill(~visible, float("-inf")).exp()
-            importance = reduce(p_cmp, heads, "sum") @ overlap
-        else:
-            weight = visible[:, 0].to(scores) @ overlap  # [B 1 T S], in strides
-            total = (reduce(scores, heads, "mean") * visible[:, 0]) @ overlap
-            mean = total / weight.masked_fill(weight == 0, 1.0)
-            importance = mean.masked_fill(weight == 0, torch.finfo(scores.dtype).min)
+        importance = rule(scores, lse, visible, overlap)
     return rearrange(importance, "B J T S -> B T J S")
 
 

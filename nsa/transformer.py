@@ -5,6 +5,7 @@ Letters: B batch, T tokens, M model width, V vocabulary.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from itertools import cycle, islice, repeat
 from typing import Any, cast
 
@@ -12,16 +13,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
-from nsa import blocks
 from nsa.attention import Attention, SparseAttention, WindowAttention
 from nsa.cache import LayerCache, ModelCache
 from nsa.compress_networks import build_compress_network
-
-LAYER_KINDS = ("nsa", "window", "dense")
-AnyAttention = SparseAttention | WindowAttention | Attention
+from nsa.layer import AttentionLayer
+from nsa.plugins import Spec, ask, find, label
 
 
 class FeedForward(nn.Module):
@@ -43,7 +40,7 @@ class Block(nn.Module):
     """Attention, then feed-forward; both norm their own input and add to the residual stream."""
 
     def __init__(
-        self, attention: AnyAttention, feed_forward: FeedForward, dropout: float = 0.0
+        self, attention: AttentionLayer, feed_forward: FeedForward, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.attention = attention
@@ -70,32 +67,49 @@ class Block(nn.Module):
         return tokens + self.dropout(self.feed_forward(tokens))
 
 
-def build_attention(
-    kind: str,
+def sparse_attention(
     dim: int,
     dim_head: int,
     heads: int,
     kv_heads: int,
-    options: Mapping[str, Any],
-    dense_output_gate: bool,
-) -> AnyAttention:
-    """The attention of one layer; `options` are those of `Transformer`'s argument `attention`."""
-    if kind == "dense":
-        return Attention(dim, dim_head, heads, kv_heads, output_gate=dense_output_gate)
-    if kind == "window":
-        window = options["sliding_window_size"]
-        return WindowAttention(dim, dim_head, heads, window, kv_heads, backend=options["backend"])
-    compress_mlp = build_compress_network(
-        options["compress_network"],
+    attention: Mapping[str, Any],
+) -> SparseAttention:
+    """An NSA layer from `Transformer`'s argument `attention`, which names its φ."""
+    phi = build_compress_network(
+        attention["compress_network"],
         dim_head=dim_head,
         kv_heads=kv_heads,
-        compress_block_size=options["compress_block_size"],
-        expand_factor=options["compress_mlp_expand_factor"],
+        compress_block_size=attention["compress_block_size"],
+        expand_factor=attention["compress_mlp_expand_factor"],
     )
-    options = {name: value for name, value in options.items() if name != "compress_network"}
-    return SparseAttention(
-        dim, dim_head, heads, kv_heads=kv_heads, compress_mlp=compress_mlp, **options
-    )
+    options = {name: value for name, value in attention.items() if name != "compress_network"}
+    return SparseAttention(dim, dim_head, heads, kv_heads=kv_heads, compress_mlp=phi, **options)
+
+
+LAYER_KINDS: dict[str, Callable[..., AttentionLayer]] = {
+    "nsa": sparse_attention,
+    "window": WindowAttention,
+    "dense": Attention,
+}
+ATTENTION_OPTIONS = {"compress_network", *signature(SparseAttention).parameters}
+
+
+def build_layer(kind: Spec, **known: Any) -> AttentionLayer:
+    """The attention of one layer: of `LAYER_KINDS`, or one's own (see `nsa.plugins`, `nsa.layer`).
+
+    Its constructor is given what it has parameters for of `dim`, `dim_head`, `heads`, `kv_heads`,
+    `output_gate`, the options of `attention` by their names, and `attention` itself.
+
+    Raises:
+        ValueError: if there is no such kind, or if it is no `AttentionLayer`.
+    """
+    layer = ask(find("layer_pattern", kind, LAYER_KINDS), **known)
+    if not isinstance(layer, AttentionLayer):
+        raise ValueError(
+            f"layer_pattern: {label(type(layer))} is not a layer kind: derive it from "
+            "nsa.layer.AttentionLayer, which says what a layer must have"
+        )
+    return layer
 
 
 class Transformer(nn.Module):
@@ -106,9 +120,10 @@ class Transformer(nn.Module):
         dim, depth, heads, dim_head, kv_heads: width, layers, query heads, width of a head and
             key/value heads (None: as many as query heads).
         seq_len: T in training; sampling looks back at most so far.
-        layer_pattern: cycled over the layers, of "nsa", "window" and "dense".
+        layer_pattern: kinds of layers ("nsa", "window", "dense", or one's own as `nsa.plugins` has
+            it), cycled over the layers.
         attention: NSA's sizes and options, by the names of `SparseAttention`, and
-            `compress_network`, the name of φ (`nsa.compress_networks.build_compress_network`).
+            `compress_network`, which names φ (`nsa.compress_networks.build_compress_network`).
         dense_output_gate: give dense layers a sigmoid output gate, so that NSA is not credited
             with what a gate alone gives (arXiv 2505.06708).
         feed_forward_expand: hidden width of the feed-forward over `dim`.
@@ -116,8 +131,8 @@ class Transformer(nn.Module):
         tie_embeddings: the head uses the embedding's weights.
 
     Raises:
-        ValueError: for an impossible size, and if `layer_pattern` is empty or names an unknown
-            kind of layer.
+        ValueError: for an impossible size, for an unknown option of `attention`, and if
+            `layer_pattern` is empty or names an unknown kind of layer.
     """
 
     def __init__(
@@ -131,18 +146,23 @@ class Transformer(nn.Module):
         attention: Mapping[str, Any],
         seq_len: int,
         kv_heads: int | None = None,
-        layer_pattern: Sequence[str] = ("nsa",),
+        layer_pattern: Sequence[Spec] = ("nsa",),
         dense_output_gate: bool = False,
         feed_forward_expand: float = 8 / 3,
         dropout: float = 0.0,
         tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
-        unknown = sorted(set(layer_pattern) - set(LAYER_KINDS))
-        if unknown or not layer_pattern:
+        if not layer_pattern or isinstance(layer_pattern, str):
             raise ValueError(
-                f"layer_pattern={list(layer_pattern)} must be a non-empty list of "
+                f"layer_pattern={layer_pattern} must be a non-empty list of "
                 f"{', '.join(LAYER_KINDS)}"
+            )
+        unknown = sorted(set(attention) - ATTENTION_OPTIONS)
+        if unknown:
+            raise ValueError(
+                f"attention has unknown options: {', '.join(unknown)}; SparseAttention's are "
+                f"{', '.join(sorted(ATTENTION_OPTIONS))}"
             )
         sizes = dict(vocab_size=vocab_size, dim=dim, depth=depth, heads=heads, dim_head=dim_head)
         for name, size in (sizes | dict(seq_len=seq_len)).items():
@@ -152,11 +172,13 @@ class Transformer(nn.Module):
             raise ValueError(f"feed_forward_expand={feed_forward_expand} must be above 0")
         self.seq_len = seq_len
 
-        groups = heads if kv_heads is None else kv_heads
+        known = dict(dim=dim, dim_head=dim_head, heads=heads, output_gate=dense_output_gate)
+        known["kv_heads"] = heads if kv_heads is None else kv_heads
+        known |= dict(attention) | {"attention": attention}
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(
             Block(
-                build_attention(kind, dim, dim_head, heads, groups, attention, dense_output_gate),
+                build_layer(kind, **known),
                 FeedForward(dim, feed_forward_expand),
                 dropout,
             )
@@ -195,6 +217,11 @@ class Transformer(nn.Module):
                 end, are padding.
             only_last: give the logits of each sequence's last token alone, [B 1 V].
         """
+        if ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError(
+                f"ids has shape {tuple(ids.shape)} and dtype {ids.dtype}: it must be whole numbers "
+                "of shape [batch, tokens]"
+            )
         if cache is None and return_cache:
             cache = self.empty_cache(*ids.shape)
         tokens = self.embedding(ids)
@@ -225,7 +252,7 @@ class Transformer(nn.Module):
 
         The mean over the layers.
         """
-        counts = [keys_per_query(block.attention, num_tokens) for block in self.blocks]
+        counts = [block.attention.keys_per_query(num_tokens) for block in self.blocks]
         return sum(int(keys[-1]) for layer in counts for keys in layer.values()) / len(counts)
 
     def flops_by_part(self, num_tokens: int) -> dict[str, float]:
@@ -243,8 +270,8 @@ class Transformer(nn.Module):
             linears = [block.feed_forward.to_hidden, block.feed_forward.to_out]
             linears += [m for m in attention.children() if isinstance(m, nn.Linear)]
             parts["linear"] += sum(2 * linear.weight.numel() for linear in linears)
-            parts["compress"] += compress_flops(attention, num_tokens) / num_tokens
-            for branch, keys in keys_per_query(attention, num_tokens).items():
+            parts["compress"] += attention.compress_flops(num_tokens) / num_tokens
+            for branch, keys in attention.keys_per_query(num_tokens).items():
                 pair = 4 * attention.heads * attention.dim_head  # q·k and p·v
                 parts[branch] += pair * float(keys.double().mean())
         return {part: 3.0 * forward for part, forward in parts.items() if forward}
@@ -284,32 +311,6 @@ class Transformer(nn.Module):
             ids = torch.cat([ids, draw(logits, temperature, filter_thres)], dim=1)
         self.train(was_training)
         return ids[:, prompt.shape[1] :]
-
-
-def keys_per_query(attention: AnyAttention, num_tokens: int) -> dict[str, Int[Tensor, " T"]]:
-    """How many keys every query of a layer reads, by branch; a dense layer is one branch."""
-    if isinstance(attention, SparseAttention):
-        keys = blocks.keys_per_query(num_tokens, attention.cfg)
-        return keys if attention.compressed_output else keys | {"compressed": 0 * keys["sliding"]}
-    if isinstance(attention, WindowAttention):
-        return {"sliding": blocks.keys_per_query(num_tokens, attention.cfg)["sliding"]}
-    return {"dense": torch.arange(1, num_tokens + 1)}
-
-
-def compress_flops(attention: AnyAttention, num_tokens: int) -> float:
-    """What φ costs a layer in the forward pass of a sequence: one block of it, counted, times C."""
-    if not isinstance(attention, SparseAttention):
-        return 0.0
-    cfg = attention.cfg
-    shape = (1, cfg.compress_block_size, attention.kv_heads, attention.dim_head)
-    block = torch.empty(shape, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        for compressor in (attention.compress_k, attention.compress_v):
-            if compressor is not None:
-                sizes = {name: p.shape for name, p in compressor.named_parameters()}
-                blank = {name: torch.empty(sizes[name], device="meta") for name in sizes}
-                functional_call(compressor, blank, block)
-    return float(counter.get_total_flops()) * blocks.num_compress_blocks(num_tokens, cfg)
 
 
 def check_sampling(temperature: float, filter_thres: float) -> None:

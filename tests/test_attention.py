@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from einops import rearrange
@@ -14,7 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nsa import blocks, reference
 from nsa.attention import Attention, SparseAttention, WindowAttention
-from nsa.compress_networks import AttentionPool, GroupedMLP, MeanPool
+from nsa.compress_networks import (
+    AttentionPool,
+    CompressMLP,
+    CompressTransformer,
+    GroupedMLP,
+    MeanPool,
+)
 from nsa.rotary import rotary_angles, rotate
 
 DIM, D, H, G = 24, 8, 4, 2
@@ -297,8 +304,87 @@ def test_a_gate_network_of_the_wrong_width_is_refused() -> None:
         attn(torch.randn(1, 9, DIM))
 
 
+def test_code_of_the_known_package_runs_with_the_import_changed() -> None:
+    kv_heads, dim_head = 2, 64
+    phi = CompressTransformer(num_layers=2, dim=dim_head * kv_heads, num_heads=kv_heads)
+    attn = SparseAttention(
+        dim=512, dim_head=dim_head, heads=8, kv_heads=kv_heads, sliding_window_size=2,
+        compress_block_size=4, compress_block_sliding_stride=2, selection_block_size=4,
+        num_selected_blocks=2, compress_mlp=phi,
+    )  # fmt: skip
+    tokens = torch.randn(2, 31, 512)
+    assert attn(tokens).shape == tokens.shape
+
+
+def test_a_network_of_another_shape_is_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match="compress_mlp=Identity gives shape"):
+        SparseAttention(**SIZES, compress_mlp=nn.Identity())
+
+
+def test_a_network_that_outweighs_the_layer_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = SIZES | {"compress_mlp_expand_factor": 1.0}
+    whole = sum(p.numel() for p in SparseAttention(**sizes).parameters())
+    phi = 2 * sum(p.numel() for p in CompressMLP(D, 6, 1.0).parameters())
+    assert len(caplog.records) == 1 and phi > whole / 2
+    assert f"({phi / whole:.0%})" in caplog.text and "MeanPool()" in caplog.text
+    SparseAttention(**sizes)
+    SparseAttention(**SIZES)  # a small one
+    SparseAttention(**sizes, compress_mlp=AttentionPool(D, 6))
+    assert len(caplog.records) == 1
+
+
+def test_inputs_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would complain first
+    layers = SparseAttention(**SIZES), WindowAttention(DIM, D, H, 5, G), Attention(DIM, D, H, G)
+    for attn in layers:
+        for tokens, message in (
+            (torch.randn(9, DIM), r"tokens has shape \(9, 24\): it must be .* dim=24; tokens.None"),
+            (torch.randn(2, 9, 7), r"tokens has shape \(2, 9, 7\): it must be"),
+            (torch.randn(2, 0, DIM), "tokens has no token"),
+            (torch.ones(2, 9, DIM).long(), "dtype torch.int64: attention takes floats"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                attn(tokens)
+
+
+def test_a_layer_shows_its_sizes() -> None:
+    shown = "w=5, l=6, d=4, l′=8, n=4, heads=4, kv_heads=2, causal=True, backend=torch"
+    assert shown in repr(SparseAttention(**SIZES))
+    assert "w=5, heads=4, kv_heads=2" in repr(WindowAttention(DIM, D, H, 5, G))
+    assert "heads=4, kv_heads=2, causal=True" in repr(Attention(DIM, D, H, G))
+
+
+def mean_score(scores, lse, visible, overlap):
+    """An importance rule of a test's own."""
+    return (scores.mean(2) * visible[:, 0]) @ overlap
+
+
+def test_ones_own_importance_rule_by_path_or_itself() -> None:
+    by_path = {"_target_": f"{__name__}.mean_score"}
+    tokens = tokens_of(90)
+    chosen = [
+        build(importance=rule).branches(tokens).block_indices
+        for rule in (by_path, mean_score, "probability_sum")
+    ]
+    assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
+    with pytest.raises(ValueError, match=r"importance=test_attention\.mean_score"):
+        SparseAttention(**SIZES, importance=by_path, backend="triton")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_torch_and_reference_agree(option: str) -> None:
+    attn, tokens = build(**OPTIONS[option]), tokens_of(70)
+    outs, grads = [], []
+    for backend in ("torch", "reference"):
+        attn.backend = backend
+        outs.append(attn(tokens))
+        grads.append(torch.autograd.grad(outs[-1].square().sum(), [*attn.parameters()]))
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*grads)
+
+
 def test_the_chosen_backend_is_readable_and_used() -> None:
-    assert SparseAttention(**SIZES).backend == "reference"
+    assert SparseAttention(**SIZES).backend == "torch"
     attn = SparseAttention(**SIZES, backend="flex")
     window = WindowAttention(DIM, D, H, 5, G, backend="flex")
     assert attn.backend == window.backend == "flex"
@@ -404,7 +490,7 @@ for phi in (None, MeanPool()):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "flex", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "flex", "triton"])
 def test_it_trains_on_a_gpu_in_bfloat16(backend: str) -> None:
     sizes = SIZES | {"dim_head": 32, "sliding_window_size": 64}
     attn = SparseAttention(**sizes, backend=backend).cuda()

@@ -13,8 +13,10 @@ from nsa.compress_networks import (
     ConvLinearCompress,
     GroupedMLP,
     MeanPool,
+    PerHeadTransformer,
     SingleProjection,
     build_compress_network,
+    check_folds,
 )
 from nsa.config import NSAConfig
 from nsa.pooling import block_means
@@ -27,7 +29,8 @@ NETWORKS = {
     "single_projection": SingleProjection(D, L, HEADS),
     "conv_linear": ConvLinearCompress(HEADS, D, L),
     "attention_pool": AttentionPool(D, L),
-    "compress_transformer": CompressTransformer(2, D, 2),
+    "compress_transformer": CompressTransformer(2, HEADS * D, 2),
+    "per_head_transformer": PerHeadTransformer(2, D, 2),
 }
 
 
@@ -39,21 +42,25 @@ def randomise(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_each_block_of_each_head_is_folded_alone(name: str) -> None:
-    """Gradients of one block of one head reach that block only, and every token of it."""
+    """Gradients of one block of one head reach that block only, and every token of it.
+
+    `CompressTransformer` mixes the heads of a block, and only them.
+    """
     network = randomise(NETWORKS[name])
     windows = torch.randn(2, HEADS, 3, L, D, requires_grad=True)
     out = network(windows)
     assert out.shape == (2, HEADS, 3, D)
     (grad,) = torch.autograd.grad(out[1, 0, 2].square().sum(), windows)
     touched = grad.abs().sum(-1) > 0
-    assert touched[1, 0, 2].all() and touched.sum() == L
+    mixed = HEADS if name == "compress_transformer" else 1
+    assert touched[1, :mixed, 2].all() and touched.sum() == mixed * L
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_order_matters_to_all_but_the_symmetric_ones(name: str) -> None:
     network, windows = randomise(NETWORKS[name]), torch.randn(1, HEADS, 3, L, D)
     same = torch.allclose(network(windows), network(windows.flip(3)), atol=1e-5)
-    assert same == (name in ("mean_pool", "compress_transformer"))  # positions are added before φ
+    assert same == (name in ("mean_pool", "per_head_transformer"))  # positions are added before φ
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -64,21 +71,98 @@ def test_networks_are_built_by_name(name: str) -> None:
     for_all_heads = {"single_projection": SingleProjection(D, L)}  # conv_linear has one a head
     wanted = for_all_heads.get(name, NETWORKS[name])
     assert type(built) is type(wanted)
-    if name != "compress_transformer":  # built with one layer of one head
+    if not name.endswith("_transformer"):  # built with one layer
         assert [p.shape for p in built.parameters()] == [p.shape for p in wanted.parameters()]
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"compress_network='max_pool' is unknown: .*mean_pool"):
-        build_compress_network("max_pool", dim_head=D, kv_heads=2, compress_block_size=L)
+    with pytest.raises(ValueError, match=r"compress_network='mean-pool' is unknown: .*mean_pool"):
+        build("mean-pool")
+
+
+def build(network) -> nn.Module:
+    return build_compress_network(network, dim_head=D, kv_heads=HEADS, compress_block_size=L)
+
+
+class LastToken(nn.Module):
+    """A φ of a test's own, that asks for what it needs by name."""
+
+    def __init__(self, dim_head: int, compress_window_size: int, scale: float) -> None:
+        super().__init__()
+        self.sizes = dim_head, compress_window_size
+        self.scale = nn.Parameter(torch.full((dim_head,), scale))
+
+    def forward(self, windows):
+        return windows[:, :, :, -1] * self.scale
+
+
+def test_ones_own_network_is_named_by_its_path() -> None:
+    network = build({"_target_": f"{__name__}.LastToken", "scale": 2.0})
+    assert type(network).__name__ == "LastToken" and network.sizes == (D, L)
+    windows = torch.randn(1, HEADS, 3, L, D)
+    torch.testing.assert_close(network(windows), 2 * windows[:, :, :, -1])
+
+
+def test_options_reach_a_built_in_network() -> None:
+    options = {"num_layers": 3, "num_heads": 4, "ff_hidden_dim": 20, "dropout": 0.5}
+    network = build({"name": "compress_transformer", **options})
+    assert len(network.layers) == 3 and network.layers[0].num_heads == 4
+    assert network.layers[0].feed_forward[1].out_features == 20
+    windows = torch.randn(1, HEADS, 3, L, D)
+    assert not torch.equal(network(windows), network(windows))
+    network.eval()
+    assert torch.equal(network(windows), network(windows))
+    assert build({"name": "per_head_transformer", "num_heads": 4}).layers[0].num_heads == 4
+    assert build({"name": "single_projection", "heads": HEADS}).weight.shape[0] == HEADS
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"width": 3}, "must have one of name .* and _target_"),
+        ({"name": "mlp", "width": 3}, "mlp takes no width; it takes dim_head, compress_window_s"),
+        ({"_target_": "nowhere.Phi"}, "_target_=nowhere.Phi cannot be imported .*nowhere"),
+        ({"_target_": f"{__name__}.Phi"}, "Phi cannot be imported"),
+        ({"_target_": f"{__name__}.D"}, "is 8: it must be a class or function"),
+        ({"_target_": f"{__name__}.LastToken"}, r"LastToken needs scale: set it beside its name"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(network: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(network)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (
+            nn.Identity(),
+            r"compress_mlp=Identity gives shape \(1, 2, 3, 6, 8\).*must give \(1, 2, 3, 8",
+        ),
+        (nn.Linear(5, 8), "compress_mlp=Linear fails on blocks of shape .*: mat1 and mat2"),
+        (CompressTransformer(1, D, 2), r"dim must be kv_heads \* dim_head = 2 \* 8 = 16"),
+    ],
+)
+def test_a_network_of_another_shape_is_refused(network: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_folds(network, HEADS, L, D)
+
+
+def test_the_check_of_shapes_draws_nothing_and_changes_nothing() -> None:
+    network = CompressTransformer(1, HEADS * D, 2, dropout=0.5)
+    before = torch.get_rng_state()
+    check_folds(network, HEADS, L, D)
+    assert torch.equal(before, torch.get_rng_state()) and network.training
 
 
 def test_heads_have_weights_of_their_own_where_it_says_so() -> None:
+    # The heads of CompressTransformer are places in a row.
+    OWN_WEIGHTS = ("grouped_mlp", "single_projection", "conv_linear", "compress_transformer")
     same = torch.randn(1, 1, 3, L, D).expand(1, HEADS, 3, L, D)
     for name, network in NETWORKS.items():
         out = randomise(network)(same)
         alike = torch.allclose(out[:, 0], out[:, 1], atol=1e-6)
-        assert alike == (name not in ("grouped_mlp", "single_projection", "conv_linear")), name
+        assert alike == (name not in OWN_WEIGHTS), name
     shared = randomise(SingleProjection(D, L))(same)
     torch.testing.assert_close(shared[:, 0], shared[:, 1])
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from nsa import blocks, flex, ops, reference
+from nsa.backends import resolve_backend
 from nsa.config import NSAConfig
 
 LENGTHS = (1, 17, 130, 300)  # below a tile of 128, a little over one, and some
@@ -120,7 +121,7 @@ def test_training_on_a_cpu_is_refused() -> None:
 
 def test_gates_are_refused() -> None:
     with pytest.raises(ValueError, match="does not cover use_diff_topk=True"):
-        ops.resolve_backend("flex", use_diff_topk=True)
+        resolve_backend("flex", options=["use_diff_topk=True"])
     cfg, (q, k, v) = config(True), inputs(17)
     indices = some_indices(17, 2, cfg)
     with pytest.raises(ValueError, match="takes no block_gates"):

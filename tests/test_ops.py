@@ -6,7 +6,8 @@ import jaxtyping
 import pytest
 import torch
 
-from nsa import ops, reference
+from nsa import backends, importance, ops, reference
+from nsa.backends import resolve_backend
 from nsa.config import NSAConfig
 
 CFG = NSAConfig(
@@ -19,6 +20,35 @@ CFG = NSAConfig(
 Q, K, K_CMP = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 1, 2, 8)
 LSE, INDICES = torch.randn(2, 9, 4), torch.zeros(2, 9, 2, 2, dtype=torch.int32)
 ANGLES = torch.randn(9, 4)
+DECLARED = ("importances", "covers", "reasons")
+
+
+def test_the_reference_is_the_oracle_and_nothing_else() -> None:
+    for name, op in vars(backends.REFERENCE).items():
+        if name not in (*DECLARED, "gated_attention"):
+            assert op is getattr(reference, name), name
+    assert backends.REFERENCE.gated_attention is None
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (6, 4), (7, 3), (5, 5)])
+@pytest.mark.parametrize("num_tokens", [7, 12, 17])
+def test_torch_and_reference_agree_on_block_means(sizes: tuple[int, int], num_tokens: int) -> None:
+    """Blocks that share part of their tokens or none, and a tail that no block covers."""
+    length, stride = sizes
+    cfg = NSAConfig(
+        compress_block_size=length,
+        compress_block_sliding_stride=stride,
+        selection_block_size=4 * stride,
+    )
+    x = torch.randn(2, num_tokens, 2, 3, dtype=torch.float64, requires_grad=True)
+    got, want = (ops.block_means(x, cfg, backend=name) for name in ("torch", "reference"))
+    torch.testing.assert_close(got, want)
+    by_hand = torch.stack(
+        [x[:, c * stride : c * stride + length].mean(1) for c in range(want.shape[1])], 1
+    )
+    torch.testing.assert_close(want, by_hand)
+    upstream = torch.randn_like(want)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream) for y in (got, want)))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -30,7 +60,7 @@ def test_the_librarys_window_is_the_oracles(num_tokens: int, window: int, causal
     q = torch.randn(2, num_tokens, 6, 8, dtype=torch.float64, requires_grad=True)
     k = torch.randn(2, num_tokens, 2, 8, dtype=torch.float64, requires_grad=True)
     v = torch.randn(2, num_tokens, 2, 5, dtype=torch.float64, requires_grad=True)
-    got = ops.sliding_window_attention(q, k, v, cfg)
+    got = ops.sliding_window_attention(q, k, v, cfg, backend="torch")
     want = reference.sliding_window_attention(q, k, v, cfg)
     torch.testing.assert_close(got, want)
     upstream = torch.randn_like(want)
@@ -43,18 +73,18 @@ def test_the_librarys_window_is_the_oracles(num_tokens: int, window: int, causal
 
 
 def test_backends_are_resolved_by_name() -> None:
-    assert ops.resolve_backend("reference") == "reference"
-    assert ops.resolve_backend("flex") == "flex"
-    assert ops.resolve_backend("auto") == "reference"
+    for name in ("reference", "torch", "flex"):
+        assert resolve_backend(name) == name
+    assert resolve_backend("auto") == "torch"
     with pytest.raises(ValueError, match="backend='cuda' is unknown: choose one of auto, referen"):
-        ops.resolve_backend("cuda")
+        resolve_backend("cuda")
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="backend='triton' needs a CUDA device"):
-        ops.resolve_backend("triton")
+        resolve_backend("triton")
     with pytest.raises(ValueError, match="the tensors are on cpu"):
         ops.sliding_window_attention(Q, K, K, CFG, backend="triton")
 
@@ -62,9 +92,49 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
 def test_auto_is_triton_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert ops.resolve_backend("auto") == "triton"
+    assert resolve_backend("auto") == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert ops.resolve_backend("auto") == "reference"
+    assert resolve_backend("auto") == "torch"
+
+
+def most_likely_block(scores, lse, visible, overlap):
+    """A rule of a test's own: the likeliest compressed block that overlaps."""
+    p_cmp = (scores - lse[..., None]).masked_fill(~visible, float("-inf")).exp().sum(2)
+    return (p_cmp[..., None] * (overlap > 0)).amax(-2)
+
+
+def test_a_rule_that_a_backend_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(importance.RULES, "most_likely_block", most_likely_block)
+    cfg = dataclasses.replace(CFG, importance="most_likely_block")
+    for name in ("reference", "torch", "flex"):
+        assert resolve_backend(name, importance="most_likely_block") == name
+        ops.select_blocks(Q, K_CMP, LSE, cfg, backend=name)
+    refusal = "backend='triton' does not cover importance=most_likely_block: .*backend='torch'"
+    with pytest.raises(ValueError, match=refusal):
+        resolve_backend("triton", importance="most_likely_block")
+    with pytest.raises(ValueError, match=refusal):
+        ops.select_blocks(Q, K_CMP, LSE, cfg, backend="triton")
+    with pytest.raises(ValueError, match=r"does not cover importance=test_ops\.most_likely_block"):
+        resolve_backend("triton", importance=most_likely_block)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "flex", "triton"])
+def test_an_option_that_nobody_declares_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"backend='{name}' does not cover sinks=True"):
+        resolve_backend(name, options=["sinks=True"])
+
+
+def test_one_rule_is_another_choice_than_the_next() -> None:
+    q, k_cmp = torch.randn(1, 90, 4, 8), torch.randn(1, 22, 2, 8)
+    _, lse = reference.compressed_attention(q, k_cmp, k_cmp, CFG)
+    rules = ("probability_sum", "logit_mean", most_likely_block)
+    chosen = [
+        ops.select_blocks(
+            q, k_cmp, lse, dataclasses.replace(CFG, num_selected_blocks=4, importance=rule)
+        )
+        for rule in rules
+    ]
+    assert not any(torch.equal(chosen[i], chosen[i - 1]) for i in range(3))
 
 
 def test_selected_importance_is_that_of_the_chosen_blocks() -> None:
@@ -82,9 +152,11 @@ def test_selected_importance_is_that_of_the_chosen_blocks() -> None:
 
 
 def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [entry.name for entry in dataclasses.fields(ops.Backend) if entry.name != "lacks"]
-    recorder = ops.Backend(**{name: lambda *args, name=name: (name, len(args)) for name in names})
-    monkeypatch.setitem(ops.BACKENDS, "recorder", recorder)
+    names = [name for name in vars(backends.TORCH) if name not in DECLARED]
+    recorder = backends.Backend(
+        **{name: lambda *args, name=name: (name, len(args)) for name in names}
+    )
+    monkeypatch.setitem(backends.BACKENDS, "recorder", recorder)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # names are no tensors
     calls = {
         "block_means": (K, CFG),

@@ -454,7 +454,7 @@ def test_a_sweep_trains_every_job_it_can_and_leaves_a_table(folder: Path) -> Non
     assert results[0]["visible_tokens"] < results[1]["visible_tokens"]
     assert results[0]["num_params"] < results[1]["num_params"]  # keys and values of a third branch
     assert (outputs / "sweep.md").is_file() and (outputs / "sweep.png").is_file()
-    for line in ("parameters", "tokens per step", "visible tokens", "backend  reference"):
+    for line in ("parameters", "tokens per step", "visible tokens", "backend  torch"):
         assert line in output
     assert set(results[0]) == {"val_bpb", "test_bpb", *FIGURES, "overrides", "metric", "better"}
     command = (outputs / "1" / "command.txt").read_text()  # of this job alone

@@ -235,7 +235,7 @@ class NSALightningModule(L.LightningModule):
         if on_cpu and "flex" in (getattr(b.attention, "backend", "") for b in self.model.blocks):
             raise ValueError(
                 "attention.backend=flex cannot train on a CPU (FlexAttention has no backward pass "
-                "there): use attention.backend=reference"
+                "there): use attention.backend=torch"
             )
         if trainer.gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from nsa.ops import BACKENDS
+from nsa.backends import BACKENDS
 from nsa.transformer import Transformer
 
 aten = torch.ops.aten

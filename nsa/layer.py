@@ -1,0 +1,69 @@
+"""What every attention layer of a `Transformer` is: the contract for a layer kind of one's own.
+
+A layer maps tokens [B T M] to tokens [B T M], norms its own input, and is built from those of
+`Transformer`'s sizes and options that its constructor names.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nsa.cache import LayerCache
+
+
+class AttentionLayer(nn.Module):
+    """Base of the layer kinds.
+
+    A subclass sets `heads` and `dim_head`, ends in the linear layer `to_out` (whose start shrinks
+    with depth), and says what its queries read, so that a model's cost can be counted.
+    """
+
+    heads: int
+    dim_head: int
+    to_out: nn.Linear
+
+    def keys_per_query(self, num_tokens: int) -> dict[str, Int[Tensor, " T"]]:
+        """How many keys every query of a sequence reads, by the name of the branch."""
+        raise NotImplementedError(f"{type(self).__name__} has no keys_per_query(num_tokens)")
+
+    def compress_flops(self, num_tokens: int) -> float:
+        """What the forward pass spends on compressing keys and values; 0 for most layers."""
+        return 0.0
+
+    def empty_cache(self, batch: int, capacity: int) -> LayerCache:
+        """A cache of no tokens; a layer that has one takes it in `forward`, for decoding."""
+        raise NotImplementedError(f"{type(self).__name__} has no cache: it cannot decode with one")
+
+
+def like_keys(attn: Any, batch: int) -> Float[Tensor, "B 0 G D"]:
+    """No keys, in the dtype and on the device of those that a layer makes."""
+    weight = attn.to_kv.weight
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    return weight.new_empty(batch, 0, attn.kv_heads, attn.dim_head, dtype=dtype)
+
+
+def check_heads(heads: int, kv_heads: int | None, dim_head: int) -> int:
+    """The number of key/value heads. Raises ValueError if the heads cannot be grouped or turned."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
+    if dim_head % 2:
+        raise ValueError(f"dim_head={dim_head} must be even: rotary embedding turns pairs")
+    return kv_heads
+
+
+def check_tokens(tokens: Tensor, dim: int) -> None:
+    """Raises ValueError unless tokens are floats of shape [B, T, dim], at least one a row."""
+    if tokens.ndim != 3 or tokens.shape[-1] != dim:
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)}: it must be [batch, tokens, dim] with "
+            f"dim={dim}" + ("; tokens[None] makes a batch of one" if tokens.ndim == 2 else "")
+        )
+    if not tokens.shape[1]:
+        raise ValueError("tokens has no token: each sequence needs at least one")
+    if not torch.is_floating_point(tokens):
+        raise ValueError(f"tokens has dtype {tokens.dtype}: attention takes floats, not token ids")
