@@ -13,25 +13,35 @@ from lightning.pytorch.utilities import rank_zero_only
 from runs.folder import csv_head, csv_text, replacing
 
 Row = dict[str, str]
+EPOCH = "epoch"  # a column that only files of an older version have
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics.csv, empty cells left out; none if there is no such file.
 
-    A last line without its end, as a kill may leave it, is not read.
+    A last line without its end, as a kill may leave it, is not read. A file of an older version,
+    whose steps count from 0, is read as if they counted from 1.
     """
     if not path.exists():
         return []
     text = path.read_bytes().decode("utf-8")
     whole = text[: text.rfind("\n") + 1]
-    rows = csv.DictReader(io.StringIO(whole, newline=""))
-    return [{name: value for name, value in row.items() if value} for row in rows]
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    rows = [{name: value for name, value in row.items() if value} for row in reader]
+    return [counted_from_one(row) for row in rows] if EPOCH in (reader.fieldnames or ()) else rows
+
+
+def counted_from_one(row: Row) -> Row:
+    """A row whose step counts from 0, unless it is a test's, without Lightning's epoch."""
+    known = {name: value for name, value in row.items() if name != EPOCH}
+    is_test = any(name.startswith("test/") for name in row)
+    return known if is_test else known | {"step": str(int(row["step"]) + 1)}
 
 
 class RunCSVLogger(Logger):
     """Writes <save_dir>/metrics.csv: the union of all metrics as columns, a row for every step.
 
-    Steps count from 0, as Lightning's do: row 99 holds what was known after 100 optimizer steps.
+    Row 100 holds what was known after 100 optimizer steps.
     Every call leaves the file complete; a kill in the middle of one costs that step's row at most.
     In a folder that has a metrics.csv already, rows are added, and a step logged again is merged
     into its row.
@@ -86,11 +96,11 @@ class RunCSVLogger(Logger):
             self._rewrite([*read_rows(self.path), row])
 
     @rank_zero_only
-    def drop_from(self, step: int) -> None:
-        """Drop the rows of `step` and later: they are about to be trained again."""
+    def drop_after(self, step: int) -> None:
+        """Drop the rows of later steps: those are about to be trained again."""
         rows = read_rows(self.path)
-        if any(int(row["step"]) >= step for row in rows):
-            self._rewrite([row for row in rows if int(row["step"]) < step])
+        if any(int(row["step"]) > step for row in rows):
+            self._rewrite([row for row in rows if int(row["step"]) <= step])
 
     def _write_last(self, row: Row, offset: int) -> None:
         with self.path.open("r+b") as file:

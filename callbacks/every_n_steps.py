@@ -70,7 +70,7 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
     for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step - 1)  # rows count from 0
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
         logger.save()
 
 

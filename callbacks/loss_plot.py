@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 TRAIN, VALIDATION = "#8aa9c9", "#c2452d"
 TICKS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+NEIGHBOURS = 2  # of a smoothed point, on each side, however short the run
 Curve = list[tuple[int, float]]
 
 
@@ -26,27 +27,19 @@ class LossPlot(Callback):
     logger there is nothing to draw, which is said.
 
     Args:
-        smoothing: the training curve's bold line is the mean over this share of the run so far,
-            0 to 1 exclusive; 0 draws the curve as it is.
+        smoothing: the bold line of training is the mean of neighbouring points, over this share of
+            the run so far; at least 0, which draws the curve as it is, and below 1.
     """
 
     def __init__(self, smoothing: float = 0.1) -> None:
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing={smoothing} of LossPlot must be at least 0 and below 1")
         self.smoothing = smoothing
-        self._tokens_per_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         has_csv = any(isinstance(logger, RunCSVLogger) for logger in trainer.loggers)
         if stage == "fit" and not has_csv and leaves_files(trainer):
             log.warning("loss.png is not drawn: it is made of metrics.csv, and logger= has no csv")
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        rows, length = batch["tokens"].shape
-        devices_and_micro_batches = trainer.world_size * trainer.accumulate_grad_batches
-        self._tokens_per_step = rows * (length - 1) * devices_and_micro_batches
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -70,28 +63,39 @@ class LossPlot(Callback):
         train = curve(rows, f"train/{metric.name}")
         validation = curve(rows, f"val/{metric.name}")
         if train or validation:
-            figure = draw(train, validation, metric, self.smoothing, self._tokens_per_step)
+            figure = draw(train, validation, metric, self.smoothing, tokens_per_step(trainer))
             with replacing(folder / "loss.png") as draft:
                 figure.savefig(draft, dpi=150)
 
 
+def tokens_per_step(trainer: Any) -> int:
+    """All that an optimizer step is trained on; known without a step, as of a finished run."""
+    data = trainer.datamodule
+    micro_batches = trainer.world_size * trainer.accumulate_grad_batches
+    return data.micro_batch_size * data.seq_len * micro_batches
+
+
 def curve(rows: list[Row], name: str) -> Curve:
     """(optimizer steps done, value) of every row that has the metric, and a finite one."""
-    points = [(int(row["step"]) + 1, float(row[name])) for row in rows if name in row]
+    points = [(int(row["step"]), float(row[name])) for row in rows if name in row]
     return [(step, value) for step, value in points if math.isfinite(value)]
 
 
 def smooth(points: Curve, share: float) -> Curve:
-    """Each point's mean with those before it, as far back as `share` of the points so far."""
+    """Each point's mean with as many before as after it: in all, `share` of the points so far.
+
+    At least `NEIGHBOURS` on each side where there are so many; a share of 0 changes nothing.
+    """
     means = []
-    for end, (step, _) in enumerate(points, start=1):
-        last = points[end - max(1, round(end * share)) : end]
-        means.append((step, sum(value for _, value in last) / len(last)))
+    for here, (step, _) in enumerate(points):
+        reach = max(NEIGHBOURS, round(here * share / 2)) if share else 0
+        near = points[max(0, here - reach) : here + reach + 1]
+        means.append((step, sum(value for _, value in near) / len(near)))
     return means
 
 
 def draw(
-    train: Curve, validation: Curve, metric: Any, smoothing: float, tokens_per_step: int | None
+    train: Curve, validation: Curve, metric: Any, smoothing: float, tokens_per_step: int
 ) -> Figure:
     """Training thin and smoothed, validation with its last and its best value in the legend."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -119,9 +123,8 @@ def draw(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    if tokens_per_step is not None:
-        million = tokens_per_step / 1e6
-        there_and_back: Any = (lambda steps: steps * million, lambda tokens: tokens / million)
-        above = axes.secondary_xaxis("top", functions=there_and_back)
-        above.set_xlabel("million tokens")
+    million = tokens_per_step / 1e6
+    there_and_back: Any = (lambda steps: steps * million, lambda tokens: tokens / million)
+    above = axes.secondary_xaxis("top", functions=there_and_back)
+    above.set_xlabel("million tokens")
     return figure

@@ -10,28 +10,30 @@ from tqdm import tqdm
 
 from callbacks.every_n_steps import EveryNSteps
 from callbacks.metric import metric_of
+from callbacks.time_left import TimeLeft
 
 PATIENCE = 10.0  # seconds in which an evaluation says nothing
 
 
 class StepProgressBar(EveryNSteps, ProgressBar):
-    """Shows steps, loss, metric, the latest validation's, tokens per second and the time left.
+    """Shows step, loss, metric, the latest validation's metric, tokens per second and time left.
 
-    Metrics are read every n steps only, since reading one waits for the GPU. The time left follows
-    from the wall time of this process's steps, validations included, its first step aside.
+    Metrics are read every n steps only, since reading one waits for the GPU. The time left is that
+    of `TimeLeft`. Where there is no terminal, a line says that training or the test begins.
 
     Args:
         every_n_steps: None follows the trainer's `log_every_n_steps`, the steps at which there is
             a new loss to show.
+        test: whether a test follows training, which the time left then includes.
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_steps: int | None = None, test: bool = True) -> None:
         EveryNSteps.__init__(self, every_n_steps)
         ProgressBar.__init__(self)
         self._enabled = True
-        self._evaluation, self._batches, self._spoke = "", 0, 0.0
+        self._evaluation, self._total, self._batches, self._spoke = "", 0, 0, 0.0
         self._bar: tqdm | None = None
-        self._first: tuple[int, float] | None = None  # the first finished step and its time
+        self._time_left = TimeLeft(test=test)
 
     def enable(self) -> None:
         self._enabled = True
@@ -45,7 +47,7 @@ class StepProgressBar(EveryNSteps, ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._first = None
+        self._time_left.begin(trainer)
         if self._enabled and sys.stdout.isatty():
             self._bar = tqdm(
                 total=trainer.max_steps if trainer.max_steps > 0 else None,
@@ -54,23 +56,31 @@ class StepProgressBar(EveryNSteps, ProgressBar):
                 file=sys.stdout,
                 dynamic_ncols=True,
             )
+        else:
+            every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+            self._show(trainer, f"{place(trainer)}  training begins, a line every {every} steps")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._first is None and trainer.global_step > self._last_step:
-            self._first = (trainer.global_step, time.monotonic())
+        if trainer.global_step > self._last_step:
+            self._time_left.step_done(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_nth_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         self._show(trainer, self.status(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._begin_evaluation(trainer, "validating")
+        if trainer.sanity_checking:
+            return
+        self._time_left.validation_begins()
+        self._begin_evaluation("validating", trainer.num_val_batches)
+        if self._bar is not None:
+            self._show(trainer, f"{place(trainer)}  validating")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_evaluation(trainer, "testing")
+        self._begin_evaluation("testing", trainer.num_test_batches)
+        self._show(trainer, f"{place(trainer)}  testing, {self._total:,} batches")
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._go_on_evaluating(trainer)
@@ -78,21 +88,21 @@ class StepProgressBar(EveryNSteps, ProgressBar):
     def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._go_on_evaluating(trainer)
 
-    def _begin_evaluation(self, trainer: Trainer, what: str) -> None:
-        self._evaluation, self._batches, self._spoke = what, 0, time.monotonic()
-        if self._bar is not None:
-            self._show(trainer, f"step {trainer.global_step}  {what}")
+    def _begin_evaluation(self, what: str, batches: list[int | float]) -> None:
+        self._evaluation, self._total = what, int(sum(batches))
+        self._batches, self._spoke = 0, time.monotonic()
 
     def _go_on_evaluating(self, trainer: Trainer) -> None:
         """Say every few seconds how far a validation or a test is."""
         self._batches += 1
         if not trainer.sanity_checking and time.monotonic() - self._spoke >= PATIENCE:
             self._spoke = time.monotonic()
-            status = f"{self._evaluation}, {self._batches:,} batches done"
-            self._show(trainer, f"step {trainer.global_step}  {status}")
+            status = f"{self._evaluation}, {self._batches:,} of {self._total:,} batches done"
+            self._show(trainer, f"{place(trainer)}  {status}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
+            self._time_left.validation_done(trainer)
             self._show(trainer, self.status(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,27 +114,17 @@ class StepProgressBar(EveryNSteps, ProgressBar):
         self._close()
 
     def status(self, trainer: Trainer) -> str:
-        """One line: step, losses, speed and the time left, of what is known so far."""
+        """One line of what is known so far: step, losses, speed and time left."""
         metrics = trainer.callback_metrics
-        last = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        parts = [f"step {trainer.global_step:>{max(0, len(last) - 1)}}{last}"]
+        parts = [place(trainer)]
         name = metric_of(trainer).name
         shown = {"train/loss": "loss", f"train/{name}": name, f"val/{name}": f"val {name}"}
         parts += [f"{label} {metrics[key]:.4f}" for key, label in shown.items() if key in metrics]
         if (speed := metrics.get("perf/tokens_per_second")) is not None:
             parts.append(f"{human(float(speed))} tokens/s")
-        if (left := self._seconds_left(trainer)) is not None:
+        if (left := self._time_left.seconds(trainer)) is not None:
             parts.append(f"ETA {clock(left)}")
         return "  ".join(parts)
-
-    def _seconds_left(self, trainer: Trainer) -> float | None:
-        if self._first is None or trainer.max_steps < 0:
-            return None
-        step, then = self._first
-        done = trainer.global_step - step
-        if done < 1:
-            return None
-        return (time.monotonic() - then) / done * (trainer.max_steps - trainer.global_step)
 
     def _show(self, trainer: Trainer, status: str) -> None:
         if self._bar is not None:
@@ -138,6 +138,12 @@ class StepProgressBar(EveryNSteps, ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def place(trainer: Trainer) -> str:
+    """The step, and the last one where it is known."""
+    last = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+    return f"step {trainer.global_step:>{max(0, len(last) - 1)}}{last}"
 
 
 def human(number: float) -> str:

@@ -11,4 +11,4 @@ class RewindMetrics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger):
-                logger.drop_from(trainer.global_step)
+                logger.drop_after(trainer.global_step)

@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.preemption import Preempted
+from callbacks.step_count import count_steps_done
 from callbacks.throughput import Throughput
 from data.base import TokenDataModule
 from nsa.training.lightning_module import NSALightningModule
@@ -118,6 +119,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
         plugins=plugins(),
     )
     notices.setLevel(logging.INFO)
+    count_steps_done(trainer)
     return trainer
 
 

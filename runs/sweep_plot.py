@@ -88,15 +88,15 @@ def draw(jobs: list[Job]) -> Figure:
     points = [(job, text) for job, text in zip(jobs, texts, strict=True) if job in shown]
     costs = [cost for cost in COSTS if len({job[cost] for job, _ in points} - {None}) > 1]
     costs = costs or ["visible_tokens"]
-    figure = Figure(figsize=(0.8 + 4.6 * len(costs), 4.8), layout="constrained")
+    figure = Figure(figsize=(1.8 + 4.2 * len(costs), 5.0), layout="constrained")
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, costs, strict=True):
         draw_panel(axes, cost, [job for job, _ in points if job[cost] is not None])
     metric = shown[0]["metric"]
     panels[0].set_ylabel(f"validation, {LABELS.get(metric, metric)}")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", frameon=False)
     if legend:
-        figure.suptitle(f"labels: {legend}", fontsize="medium")
+        figure.suptitle(f"labels: {legend}", fontsize="medium", wrap=True)
     figure.draw_without_rendering()  # settles where everything is
     for axes, cost in zip(panels, costs, strict=True):
         known = [(job, text) for job, text in points if job[cost] is not None]
@@ -122,7 +122,7 @@ def draw_panel(axes: Axes, cost: str, jobs: list[Job]) -> None:
         ticks = values if exact else [float(f"{value:.2g}") for value in values]
         axes.xaxis.set_major_locator(FixedLocator(apart(ticks)))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     better = "more" if cost in MORE_IS_BETTER else "fewer"
     axes.set_xlabel(f"{COSTS[cost]} ({better} is better)")
@@ -166,7 +166,8 @@ def place_labels(axes: Axes, points: list[tuple[float, float, str]]) -> None:
             )
             text.set_in_layout(False)
             box = text.get_window_extent()
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+            inside = inside and axes.bbox.containsy(box.y0) and axes.bbox.containsy(box.y1)
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break

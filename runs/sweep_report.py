@@ -77,7 +77,8 @@ def collect(folder: Path) -> list[Job]:
     """A row for every job that has begun, by name or number; best first is the reader's to sort."""
     begun = folder.rglob(".hydra/overrides.yaml")
     jobs = [read_job(path.parent.parent, folder) for path in begun]
-    return sorted(jobs, key=lambda job: (len(job["job"]), job["job"]))
+    jobs.sort(key=lambda job: (len(job["job"]), job["job"]))
+    return [dict.fromkeys(columns(jobs)) | job for job in jobs]
 
 
 def read_job(record: Path, folder: Path) -> Job:

@@ -409,9 +409,10 @@ def test_progress_is_lines_where_there_is_no_terminal(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == [
         f"step {step}/8"
-        for step in (2, 4, 4, 6, 8, 8)  # 4 and 8: with the validation's result
+        for step in (0, 2, 4, 4, 6, 8, 8)  # 4 and 8: with the validation's result
     ]
-    assert "val bpb" not in lines[1] and "val bpb" in lines[2]
+    assert lines[0] == "step 0/8  training begins, a line every 2 steps"
+    assert "val bpb" not in lines[2] and "val bpb" in lines[3]
     for part in ("loss ", "bpb ", " tokens/s", "ETA 0:00"):
         assert part in lines[-1]
     assert "\r" not in "".join(lines)
@@ -424,7 +425,26 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch):
     fit(tmp_path, StepProgressBar(4))
     shown = screen.getvalue()
     assert "100% |" in shown and "\r" in shown and "step 8/8  loss" in shown
-    assert "step 4  validating" in shown and "step 2/8" not in shown
+    assert "step 4/8  validating" in shown and "step 2/8" not in shown
+
+
+@pytest.mark.parametrize(
+    ("test", "times"),
+    [
+        (True, ["0:08", "0:06", "1:06:44", "1:06:42", "1:06:40", "33:20"]),
+        (False, ["0:07", "0:05", "33:24", "33:22", "33:20", "0:00"]),
+    ],
+)
+def test_the_time_left_has_the_validations_and_the_test_to_come(
+    tmp_path, hands, capsys, test, times
+):
+    """Two validations and a test, of 2 batches each; a batch takes 1000 times as long as a step."""
+    bar = StepProgressBar(test=test)
+    trainer = fit(tmp_path, bar, module=TimedModule(hands))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
+    assert [line.rpartition("ETA ")[2] for line in lines] == times
+    trainer.test(TinyModule(), TinyData(), verbose=False)
+    assert capsys.readouterr().out == "step 8/8  testing, 2 batches\n"
 
 
 def test_a_disabled_bar_is_silent(tmp_path, capsys):
@@ -521,7 +541,7 @@ def test_loss_plot_is_drawn_after_validations_and_at_the_end(tmp_path, monkeypat
     monkeypatch.setattr(loss_plot, "draw", lambda *args: calls.append(args) or draw(*args))
     options = {"logger": RunCSVLogger(tmp_path), "accumulate_grad_batches": 2}
     fit(tmp_path, LossPlot(smoothing=0.5), **options)
-    found = [([s for s, _ in train], [s for s, _ in val], *rest) for train, val, *rest in calls]
+    found = [([s for s, _ in train], [s for s, _ in val], *rest) for train, val, _, *rest in calls]
     per_step = 2 * 2 * SEQ_LEN
     assert found == [
         ([2, 4], [4], 0.5, per_step),
@@ -531,14 +551,17 @@ def test_loss_plot_is_drawn_after_validations_and_at_the_end(tmp_path, monkeypat
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_smooth_curve_is_a_mean_over_a_share_of_the_run():
+def test_the_smooth_curve_is_a_mean_of_neighbours_from_the_first_point_on():
     points = [(10, 4.0), (20, 0.0), (30, 2.0), (40, 6.0)]
     assert smooth(points, 0.0) == points
-    assert smooth(points, 0.5) == [(10, 4.0), (20, 0.0), (30, 1.0), (40, 4.0)]
+    assert smooth(points, 0.5) == [(10, 2.0), (20, 3.0), (30, 3.0), (40, pytest.approx(8 / 3))]
+    line = [(step, float(step)) for step in range(40)]
+    assert smooth(line, 0.5)[20] == (20, 20.0)  # 5 points on each side: a quarter of 20
+    assert smooth(line, 0.5)[38] == (38, sum(range(28, 40)) / 12)  # 10 (of 9.5) before, one after
 
 
 def test_a_curve_passes_over_the_steps_that_were_skipped():
-    rows = [{"step": "0", "train/bpb": "2"}, {"step": "1", "train/bpb": "nan"}, {"step": "2"}]
+    rows = [{"step": "1", "train/bpb": "2"}, {"step": "2", "train/bpb": "nan"}, {"step": "3"}]
     assert curve(rows, "train/bpb") == [(1, 2.0)]
 
 

@@ -121,12 +121,12 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
 def test_metrics_of_a_lost_timeline_are_dropped(tmp_path):
     """Rows of validations that the resumed run has no more do not stay."""
     run(tmp_path, 3, dies_at=6, logger=RunCSVLogger(tmp_path))
-    RunCSVLogger(tmp_path).log_metrics({"train/loss": 9.0}, step=4)
-    RunCSVLogger(tmp_path).log_metrics({"test/bpb": 9.0}, step=3)  # of 3 steps: now of a 4th
+    RunCSVLogger(tmp_path).log_metrics({"train/loss": 9.0}, step=5)
+    RunCSVLogger(tmp_path).log_metrics({"test/bpb": 9.0}, step=5)
     path = tmp_path / "last.ckpt"
     run(tmp_path, 3, ckpt_path=path, logger=RunCSVLogger(tmp_path), log_every_n_steps=4)
     rows = read_rows(tmp_path / "metrics.csv")
-    assert [row["step"] for row in rows] == ["1", "3", "7"]
+    assert [row["step"] for row in rows] == ["2", "4", "8"]
     assert not any("test/bpb" in row for row in rows)
 
 

@@ -138,7 +138,7 @@ def test_skipped_steps_are_named_counted_and_logged(tmp_path, caplog):
     ]
     rows = read_rows(tmp_path / "metrics.csv")
     counts = {row["step"]: row.get("optim/skipped_steps") for row in rows}
-    assert counts == {"1": "1", "3": "2", "4": "3", "5": None}  # logged as it grows
+    assert counts == {"2": "1", "4": "2", "5": "3", "6": None}  # logged as it grows
 
 
 def test_a_run_without_a_broken_step_hears_nothing_of_the_guard(tmp_path, caplog):

@@ -1,13 +1,17 @@
 """Is metrics.csv whole at any moment, and is a run folder one W&B run, offline, with no account?"""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
+from lightning.pytorch.loggers import Logger
 from tiny_run import TinyData, TinyModule, fit, tiny_trainer
 
 from callbacks.csv_logger import RunCSVLogger, read_rows
 from callbacks.samples import Samples
+from callbacks.throughput import Throughput
 from callbacks.wandb_logger import RunWandbLogger
 
 pytestmark = [
@@ -66,7 +70,7 @@ def test_a_run_that_goes_on_has_no_step_twice(tmp_path):
     for step in (1, 3, 5, 7):
         first.log_metrics({"a": step}, step=step)
     second = RunCSVLogger(tmp_path)
-    second.drop_from(5)
+    second.drop_after(3)
     assert [row["step"] for row in read_rows(second.path)] == ["1", "3"]
     second.log_metrics({"a": 50}, step=5)
     second.log_metrics({"a": 30}, step=3)  # late: takes its place all the same
@@ -85,8 +89,49 @@ def test_a_trainer_logs_training_validation_and_test(tmp_path):
     trainer = fit(tmp_path, logger=logger)
     trainer.test(TinyModule(), TinyData(), verbose=False)
     rows = read_rows(logger.path)
-    assert [row["step"] for row in rows] == ["1", "3", "5", "7", "8"]
-    assert {"train/bpb", "val/bpb"} <= set(rows[1]) and "test/bpb" in rows[4]
+    assert [row["step"] for row in rows] == ["2", "4", "6", "8"]
+    assert {"train/bpb", "val/bpb"} <= set(rows[1]) and "test/bpb" in rows[3]
+
+
+class Noting(Logger):
+    """Stands for TensorBoard and W&B: notes the step of every metric."""
+
+    name = version = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[str, list[int | None]] = {}
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        for name in metrics:
+            self.steps.setdefault(name, []).append(step)
+
+
+def test_every_logger_counts_the_steps_that_are_done(tmp_path):
+    noting = Noting()
+    trainer = fit(tmp_path, Throughput(), logger=noting, accumulate_grad_batches=2)
+    trainer.test(TinyModule(), TinyData(), verbose=False)
+    steps = noting.steps
+    assert steps["train/loss"] == steps["perf/tokens_per_second"] == [2, 4, 6, 8]
+    assert steps["val/bpb"] == [4, 8] and steps["test/bpb"] == [8]
+
+
+def test_a_file_that_counts_from_zero_goes_on_counting_from_one(tmp_path):
+    logger = RunCSVLogger(tmp_path)
+    older = "step,train/loss,epoch,val/bpb,test/bpb\n0,5,0,,\n1,4,0,3,\n2,3,0,,\n3,2,0,1,\n"
+    logger.path.write_text(older + "4,,0,,1.5\n")
+    logger.drop_after(2)
+    assert logger.path.read_text() == "step,train/loss,val/bpb\n1,5,\n2,4,3\n"
+    logger.drop_after(2)  # killed and started once more
+    logger.log_metrics({"train/loss": 2.5}, step=3)
+    assert logger.path.read_text() == "step,train/loss,val/bpb\n1,5,\n2,4,3\n3,2.5,\n"
+    logger.path.write_text(older + "4,,0,,1.5\n")
+    trained, tested = read_rows(logger.path)[-2:]
+    assert trained == {"step": "4", "train/loss": "2", "val/bpb": "1"}
+    assert tested == {"step": "4", "test/bpb": "1.5"}
 
 
 # W&B

@@ -224,6 +224,6 @@ def test_torchrun_trains_from_the_same_configs(tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "mine"
     assert done.stdout.count("2 × cpu") == 1
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-    assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1"]
+    assert [row["step"] for row in rows if row["train/loss"]] == ["1", "2"]
     last = run / "checkpoints" / "last.ckpt"
     assert last.readlink() == Path("step_2.ckpt") and (last / "__1_0.distcp").is_file()

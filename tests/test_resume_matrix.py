@@ -86,7 +86,7 @@ def assert_same_end(run_dir: Path, whole: Path) -> None:
         assert_same_tensors(states[0][number], states[1][number])
     rows = [learned(path) for path in (run_dir, whole)]
     assert rows[0] == rows[1]
-    assert [int(row["step"]) for row in rows[0]] == list(range(STEPS))
+    assert [int(row["step"]) for row in rows[0]] == list(range(1, STEPS + 1))
 
 
 def load(path: Path) -> dict:

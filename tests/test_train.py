@@ -501,7 +501,7 @@ def test_validation_counts_optimizer_steps_and_the_test_can_be_left_out(folder: 
     (result,) = folder.glob("outputs/*/*/result.json")
     assert json.loads(result.read_text())["test_bpb"] is None
     rows = csv.DictReader((result.parent / "metrics.csv").read_text().splitlines())
-    assert [int(row["step"]) for row in rows if row["val/bpb"]] == [1, 3]
+    assert [int(row["step"]) for row in rows if row["val/bpb"]] == [2, 4]
 
 
 @pytest.mark.parametrize(

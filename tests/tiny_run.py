@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from callbacks.step_count import count_steps_done
 from data.metrics import BITS_PER_BYTE
 
 OF_LIGHTNING = [  # warnings of Lightning 2.6.6 itself, or of what these runs do on purpose
@@ -106,6 +107,7 @@ class TinyData(L.LightningDataModule):
     """Goes on at the trainer's step, as the project's datamodules do."""
 
     metric = BITS_PER_BYTE
+    micro_batch_size, seq_len = ROWS, SEQ_LEN
 
     def train_dataloader(self) -> DataLoader:
         trainer: Any = self.trainer
@@ -143,7 +145,9 @@ def tiny_trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L
         "enable_model_summary": False,
         "default_root_dir": folder,
     }
-    return L.Trainer(callbacks=callbacks, **{**settings, **options})
+    trainer = L.Trainer(callbacks=callbacks, **{**settings, **options})
+    count_steps_done(trainer)
+    return trainer
 
 
 def fit(
