@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks.every_n_steps import EveryNSteps, aside
-from nsa.transformer import check_sampling
+from nsa.sampling import Draw
 from runs.folder import run_folder, write_text
 
 
@@ -45,7 +45,7 @@ class Samples(EveryNSteps):
         for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value} of Samples must be at least 1")
-        check_sampling(temperature, filter_thres)
+        Draw(temperature=temperature, filter_thres=filter_thres)  # refuses what is out of range
         self.prompt = prompt
         self.prompt_tokens = prompt_tokens
         self.new_tokens = new_tokens

@@ -173,6 +173,37 @@ class ModelCache:
         """Tokens there is room for."""
         return min(layer.capacity for layer in self.layers)
 
+    @property
+    def longest(self) -> int:
+        """The most tokens a sequence may have so far, as the host knows it."""
+        return self.layers[0].longest
+
+    @longest.setter
+    def longest(self, num_tokens: int) -> None:
+        for layer in self.layers:
+            layer.longest = num_tokens
+
+    def reset(self) -> None:
+        """Forget all tokens; the buffers stay."""
+        for layer in self.layers:
+            layer.lengths.zero_()
+        self.longest = 0
+
+    def state(self) -> list[Tensor]:
+        """Copies of what a step overwrites: lengths, and rings."""
+        return [x.clone() for x in self._overwritten()]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Be as at `state`, if no more than the next tokens were taken in since."""
+        for x, was in zip(self._overwritten(), state, strict=True):
+            x.copy_(was)
+
+    def _overwritten(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            yield layer.lengths
+            for name in sorted(layer.parts.keys() & {"tail", "window"}):
+                yield from layer[name]
+
     def reserve(self, capacity: int) -> None:
         """Make room for so many tokens."""
         for layer in self.layers:

@@ -4,7 +4,7 @@ Letters: B batch, T tokens, M model width, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import cycle, islice, repeat
 from typing import Any, cast
@@ -19,6 +19,7 @@ from nsa.cache import LayerCache, ModelCache
 from nsa.compress_networks import build_compress_network
 from nsa.layer import AttentionLayer
 from nsa.plugins import Spec, ask, find, label
+from nsa.sampling import Draw, Prompts, stream
 
 
 class FeedForward(nn.Module):
@@ -280,56 +281,58 @@ class Transformer(nn.Module):
         """The sum of `flops_by_part`."""
         return sum(self.flops_by_part(num_tokens).values())
 
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # every length would compile anew
     def sample(
         self,
-        prompt: Int[Tensor, "B P"],
+        prompt: Prompts,
         seq_len: int,
         temperature: float = 1.0,
         filter_thres: float = 0.9,
+        use_cache_kv: bool = True,
+        **options: Any,
     ) -> Int[Tensor, "B N"]:
-        """Continue `prompt` until it is `seq_len` tokens long; returns the new ones.
+        """Continue each prompt until the longest is `seq_len` tokens long; returns the new ones.
+
+        No position exceeds the `seq_len` that the model was built for: a prompt beyond it is read
+        from its last tokens on, and a sequence that fills the context goes on from its last half.
 
         Args:
-            prompt: at least one token.
-            temperature: divides the logits; 0 takes the likeliest token.
-            filter_thres: the share of the vocabulary that is never drawn, the least likely first.
+            prompt: at least one token each: [B, P], or a list of sequences of any lengths.
+            temperature, filter_thres: see `nsa.sampling.Draw`.
+            use_cache_kv: False computes every token from the whole context: the same, slower.
+            options: `top_k`, `top_p`, `min_p` and `repetition_penalty` of `Draw`; `seed` and
+                `stop_tokens` of `nsa.sampling.stream`. After a stop token a row holds -1.
+
+        Raises:
+            ValueError: for an empty prompt, and for an option out of its range.
         """
-        if not prompt.shape[1]:
-            raise ValueError("prompt is empty: sampling needs at least one token to go on from")
-        if seq_len <= prompt.shape[1]:
+        new = self.stream(prompt, seq_len, temperature, filter_thres, use_cache_kv, **options)
+        return torch.stack(list(new), dim=1).to(self.embedding.weight.device)
+
+    def stream(
+        self,
+        prompt: Prompts,
+        seq_len: int,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        use_cache_kv: bool = True,
+        *,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] = (),
+        **filters: Any,
+    ) -> Iterator[Int[Tensor, " B"]]:
+        """As `sample`, but yields the next token of every sequence as it comes."""
+        longest = max((len(each) for each in prompt), default=0)
+        if longest and seq_len <= longest:
             raise ValueError(
-                f"seq_len={seq_len} counts the prompt's {prompt.shape[1]} tokens too: raise it"
+                f"seq_len={seq_len} counts the prompt's {longest} tokens too: raise it"
             )
-        check_sampling(temperature, filter_thres)
+        draw = Draw(temperature=temperature, filter_thres=filter_thres, **filters)
         was_training = self.training
         self.eval()
-        ids = prompt
-        for _ in range(seq_len - prompt.shape[1]):
-            logits = self(ids[:, -self.seq_len :])[:, -1].float()
-            ids = torch.cat([ids, draw(logits, temperature, filter_thres)], dim=1)
-        self.train(was_training)
-        return ids[:, prompt.shape[1] :]
-
-
-def check_sampling(temperature: float, filter_thres: float) -> None:
-    """Raises ValueError for a temperature below 0 and for a filter that would leave no token."""
-    if temperature < 0:
-        raise ValueError(
-            f"temperature={temperature} must be at least 0; 0 takes the likeliest token"
-        )
-    if not 0 <= filter_thres <= 1:
-        raise ValueError(f"filter_thres={filter_thres} must lie between 0 and 1")
-
-
-def draw(
-    logits: Float[Tensor, "B V"], temperature: float, filter_thres: float
-) -> Int[Tensor, "B 1"]:
-    """One token a row, drawn from the likeliest share `1 - filter_thres` of the vocabulary."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    keep = max(1, int((1 - filter_thres) * logits.shape[-1]))
-    values, indices = logits.topk(keep, dim=-1)
-    choice = (values / temperature).softmax(dim=-1).multinomial(1)
-    return indices.gather(-1, choice)
+        try:
+            yield from stream(
+                self, prompt, seq_len - longest, draw,
+                use_cache_kv=use_cache_kv, seed=seed, stop_tokens=stop_tokens,
+            )  # fmt: skip
+        finally:
+            self.train(was_training)
