@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nsa.step_graph import StepGraph
 
 ENDED = -1  # what a sequence gives after its stop token
-Prompts = Int[Tensor, "B P"] | Sequence[Int[Tensor, "_"]]
+Prompts = Int[Tensor, "B P"] | Sequence[Int[Tensor, "..."]]
 
 
 @dataclass(frozen=True, kw_only=True)
