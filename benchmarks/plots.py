@@ -7,6 +7,7 @@ Only rows of one run are compared: absolute times differ from machine to machine
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from benchmarks import measure
 
 DOCS = Path(__file__).parents[1] / "docs"
-OURS = ("triton", "torch", "reference", "flex")
+OURS = ("triton", "reference", "flex")
 BASELINE = ("dense", "cudnn")
 PARTS = ("compressed", "select", "selected", "window", "combine", "pool")
 STYLES: dict[tuple[str, str], dict] = {  # of whole ops, by op and the first word of the backend
@@ -70,6 +71,11 @@ def layouts_in(rows: Rows) -> list[str]:
 
 def layout_of(row: Mapping[str, str]) -> str:
     return f"{row['heads']}/{row['kv_heads']} D{row['dim_head']}"
+
+
+def in_words(layout: str) -> str:
+    heads, kv_heads, width = re.findall(r"\d+", layout)
+    return f"{heads} query heads, {kv_heads} key/value heads,\nhead dimension {width}"
 
 
 def series(rows: Rows, layout: str, op: str, backend: str, column: str) -> Series:
@@ -175,7 +181,7 @@ def draw_times(rows: Rows) -> Figure:
     figure, axes = panels(1 + with_parts, len(layouts), height=3.4)
     for axis, layout in zip(axes[0], layouts, strict=True):
         draw_whole(axis, rows, layout, "step_ms")
-        dress(axis, title=layout)
+        dress(axis, title=in_words(layout))
     axes[0][0].set_ylabel("ms, forward + backward")
     if with_parts:
         for axis, layout in zip(axes[1], layouts, strict=True):
@@ -196,7 +202,7 @@ def draw_speed_ups(rows: Rows) -> Figure:
             speed = speed_up(rows, layout, column)
             at = crossover(speed)
             says = "nowhere yet" if at is None else f"from {in_thousands(at)}" if at else "always"
-            label = f"{layout}: {says}"
+            label = f"{in_words(layout)}: {says}"
             axis.plot(*xy(speed), color=colour, lw=2, marker="o", ms=4, label=label)
             if at:
                 axis.plot([at], [1], marker="o", ms=11, mfc="none", mec=colour, mew=2, zorder=9)
@@ -213,7 +219,7 @@ def draw_memory(rows: Rows) -> Figure:
     figure, axes = panels(1, len(layouts), height=3.6)
     for axis, layout in zip(axes[0], layouts, strict=True):
         draw_whole(axis, rows, layout, "peak_mib", scale=1 / 1024)
-        dress(axis, title=layout)
+        dress(axis, title=in_words(layout))
     axes[0][0].set_ylabel("GiB above the inputs")
     finish(figure, rows, "Peak memory of a forward and backward pass", axes)
     return figure
@@ -253,7 +259,7 @@ def dress(axis: Axes, *, title: str = "") -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=10)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_title(title, fontsize=11)
+    axis.set_title(title, fontsize=10)
     axis.xaxis.set_major_formatter(lambda value, _: in_thousands(value))
     axis.grid(True, which="major", color="#e9ecef", lw=0.8)
     axis.spines[["top", "right"]].set_visible(False)
@@ -261,13 +267,20 @@ def dress(axis: Axes, *, title: str = "") -> None:
 
 
 def finish(figure: Figure, rows: Rows, title: str, runs: Sequence[Sequence[Axes]]) -> None:
-    """Title, and a legend in the first of each run of panels: of what any of them shows."""
+    """Title, and a legend to the right of each run of panels: of what any of them shows."""
     for run in runs:
         handles: dict[str, Any] = {}
         for axis in run:
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
-        run[0].legend(list(handles.values()), list(handles), frameon=False, fontsize=8.5)
+        run[-1].legend(
+            list(handles.values()),
+            list(handles),
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            frameon=False,
+            fontsize=8.5,
+        )
     row = rows[0]
     figure.suptitle(
         f"{title}\n{row['device']}, {row['dtype']}, {row['sizes']}, {row['date'][:10]}", fontsize=11
