@@ -85,6 +85,12 @@ class LayerCache:
                 self.parts[name] = KeysValues(F.pad(k, more), None if v is None else F.pad(v, more))
         self.capacity = capacity
 
+    def keep_rows(self, rows: Int[Tensor, " B"]) -> None:
+        """Keep these sequences of the batch, in this order; one may be kept several times."""
+        for name, part in self.parts.items():
+            self.parts[name] = KeysValues(part.k[rows], None if part.v is None else part.v[rows])
+        self.lengths = self.lengths[rows]
+
     def advance(self, num_new: int, counts: Int[Tensor, " B"] | None = None) -> None:
         """Count `num_new` tokens more, or only `counts` of them, the others being padding."""
         self.lengths += num_new if counts is None else counts
@@ -208,6 +214,11 @@ class ModelCache:
         """Make room for so many tokens."""
         for layer in self.layers:
             layer.reserve(capacity)
+
+    def keep_rows(self, rows: Int[Tensor, " B"]) -> None:
+        """Keep these sequences of the batch, in this order, as beam search does."""
+        for layer in self.layers:
+            layer.keep_rows(rows)
 
     def bytes(self) -> dict[str, int]:
         """Bytes of each part, summed over the layers."""

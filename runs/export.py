@@ -1,19 +1,20 @@
 """A trained model as a folder that transformers loads, and weights back from such a folder."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from data.tokenizer import AnyTokenizer, ByteTokenizer
+from data.tokenizer import TOKENIZER_FILE, AnyTokenizer, ByteTokenizer
+from runs import record
 from runs.folder import write_text
 from runs.hub import modeling_nsa
 from runs.hub.modeling_nsa import NSAForCausalLM, NSATransformerConfig
@@ -52,7 +53,7 @@ def export(trained: Trained, folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     model.save_pretrained(draft)
-    fast_tokenizer(tokenizer, sizes["seq_len"]).save_pretrained(draft)
+    fast_tokenizer(tokenizer).save_pretrained(draft)
     shutil.copyfile(CODE, draft / CODE.name)
     write_text(draft / "README.md", model_card(trained))
     draft.rename(folder)
@@ -64,16 +65,12 @@ def portable(sizes: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"attention": {**kept["attention"], "backend": "auto"}}
 
 
-def fast_tokenizer(tokenizer: AnyTokenizer, seq_len: int) -> PreTrainedTokenizerFast:
+def fast_tokenizer(tokenizer: AnyTokenizer) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers loads it, with the same ids."""
-    if isinstance(tokenizer, ByteTokenizer):
-        inner, eot = byte_tokenizer(), tokenizer.eot
-    else:
-        inner, eot = tokenizer.tokenizer, tokenizer.eot
-    end = None if eot is None else inner.id_to_token(eot)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token=end, pad_token=end, model_max_length=seq_len
-    )
+    is_bytes = isinstance(tokenizer, ByteTokenizer)
+    inner = byte_tokenizer() if is_bytes else tokenizer.tokenizer
+    end = None if tokenizer.eot is None else inner.id_to_token(tokenizer.eot)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=end, pad_token=end)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -123,41 +120,44 @@ def model_card(trained: Trained) -> str:
 
 
 def provenance(run: Path | None) -> list[str]:
-    """The command and the results that a run folder tells of."""
+    """The command and the results of a run, from its folder."""
     if run is None:
         return ["- the checkpoint lay outside its run folder: its command and results are unknown"]
-    lines = []
-    if (command := run / "command.txt").is_file():
-        lines.append(f"- trained by `{command.read_text(encoding='utf-8').splitlines()[-1]}`")
-    if (file := run / "result.json").is_file():
-        result = json.loads(file.read_text(encoding="utf-8"))
-        known = {key: value for key, value in result.items() if key.startswith(("val_", "test_"))}
-        figures = [f"{key} {value:.4f}" for key, value in known.items() if value is not None]
-        lines.append("- " + ", ".join([f"{result['steps']:,} steps", *figures]))
-    else:
-        lines.append("- the run had not ended: no result is known")
-    return lines
+    command = shlex.join(["python", "train.py", *record.overrides_of(run)])
+    lines = [f"- trained by `{command}`"]
+    file = run / "result.json"
+    if not file.is_file():
+        return [*lines, "- the run had not ended: no result is known"]
+    result = json.loads(file.read_text(encoding="utf-8"))
+    known = {name: value for name, value in result.items() if name.startswith(("val_", "test_"))}
+    figures = [f"{name} {value:.4f}" for name, value in known.items() if value is not None]
+    return [*lines, "- " + ", ".join([f"{result['steps']:,} steps", *figures])]
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, tokenizer: AnyTokenizer) -> None:
     """Start a model from the weights of an exported folder.
 
     Raises:
-        ValueError: if the folder holds no export, or one of another shape; names what differs.
+        ValueError: if the folder holds no export, or one of other sizes or another tokenizer.
     """
-    path = folder / WEIGHTS
     try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
+        stored = load_file(folder / WEIGHTS)
+        read = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except Exception as error:  # of either library: a missing file, a broken one
         raise ValueError(
-            f"model.weights={folder}: {WEIGHTS} cannot be read ({error}); name a folder that "
-            "export.py wrote"
+            f"model.weights={folder}: it cannot be read ({error}); name a folder that export.py "
+            "wrote"
         ) from error
+    if read.get_vocab() != fast_tokenizer(tokenizer).get_vocab():
+        raise ValueError(
+            f"model.weights={folder} was trained with another tokenizer than the data's: use "
+            f"data.tokenizer={folder / TOKENIZER_FILE}, or for bytes data.tokenizer=bytes"
+        )
     prefix = f"{NSAForCausalLM.base_model_prefix}."
     found = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
     own = model.state_dict()
-    if "head.weight" not in found and "embedding.weight" in found:  # tied: stored once
-        found["head.weight"] = found["embedding.weight"]
+    if own["head.weight"].data_ptr() == own["embedding.weight"].data_ptr():  # tied: stored once
+        found.setdefault("head.weight", found["embedding.weight"])
     wrong = [
         f"  {name}: {shape_of(found.get(name))}, the model has {shape_of(own.get(name))}"
         for name in sorted(own.keys() | found.keys())
@@ -165,8 +165,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     ]
     if wrong:
         more = [f"  and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        head = f"model.weights={folder} holds another model:"
-        raise ValueError("\n".join([head, *wrong[:10], *more]))
+        raise ValueError("\n".join([f"model.weights={folder}: another model:", *wrong[:10], *more]))
     model.load_state_dict(found)
 
 

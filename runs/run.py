@@ -24,6 +24,7 @@ from callbacks.throughput import Throughput
 from data.base import TokenDataModule
 from nsa.training.lightning_module import NSALightningModule
 from runs import checkpoints, counts, lock, notices, ranks, record, results, strategies, time_limit
+from runs import export as exported
 from runs.division import Room, StepDivision, check_batch, share_of
 from runs.folder import CHECKPOINTS, newest_first, write_text
 from runs.same_run import check_same_run, flatten
@@ -46,6 +47,7 @@ def build(cfg: DictConfig) -> Run:
     counts.make_whole(cfg)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     check_settings(settings)
+    weights = settings["model"].pop("weights")  # where a run starts from is no part of its model
     parts = ("model", "optimizer", "scheduler", "compile", "activation_checkpointing")
     module = NSALightningModule(**{part: settings[part] for part in parts})
     trainer = build_trainer(cfg)
@@ -57,6 +59,8 @@ def build(cfg: DictConfig) -> Run:
     # On every rank, before any waits for another: the first one prepares, however long it takes.
     datamodule.prepare_data(verify=trainer.local_rank == 0)
     datamodule.setup("fit")
+    if weights and not cfg.ckpt_path:
+        exported.load_weights(module.model, Path(weights), datamodule.tokenizer)
     if cfg.ckpt_path and trainer.local_rank == 0:
         order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
         checkpoint = checkpoints.check_metadata(Path(cfg.ckpt_path))

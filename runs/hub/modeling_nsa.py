@@ -81,10 +81,10 @@ class NSAForCausalLM(PreTrainedModel, GenerationMixin):
         """
         padding = None if past_key_values is not None else find_padding(attention_mask)
         ids = input_ids if padding is None else padding.to_end(input_ids)
-        lengths = None if padding is None else padding.lengths
         if use_cache:
             cache = None if past_key_values is None else past_key_values.cache
-            logits, cache = self.model(ids, cache=cache, lengths=lengths, return_cache=True)
+            counts = None if padding is None else padding.lengths
+            logits, cache = self.model(ids, cache, return_cache=True, counts=counts)
             before = 0 if past_key_values is None else past_key_values.num_tokens
             past_key_values = Past(cache, before + input_ids.shape[1])
         else:
@@ -114,7 +114,7 @@ class Past:
 
     def reorder_cache(self, beams: Tensor) -> None:
         """Keep these rows of the batch, in this order: for beam search."""
-        self.cache.reorder(beams)
+        self.cache.keep_rows(beams)
 
 
 class Padding:
