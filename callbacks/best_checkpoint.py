@@ -36,6 +36,11 @@ class BestCheckpoint(RunCheckpoint):
         super().__init__(dirpath, filename, monitor, mode=mode or "min", **options)
         self._takes_mode = mode is None
 
+    @property
+    def state_key(self) -> str:
+        """What its state is called in a checkpoint: as before this class was split off."""
+        return super().state_key.replace(type(self).__qualname__, RunCheckpoint.__qualname__, 1)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         metric = metric_of(trainer)
         if stage == "fit" and self._takes_mode:

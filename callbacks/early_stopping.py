@@ -1,6 +1,5 @@
 """Ends a run that gets no better."""
 
-import logging
 from typing import Any
 
 import torch
@@ -10,11 +9,9 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from callbacks.metric import MONITOR, PLACEHOLDER, check_mode, metric_of, worst
 
-log = logging.getLogger(__name__)
-
 
 class MetricEarlyStopping(EarlyStopping):
-    """Ends training once the validation metric stops improving, and says so.
+    """Ends training once the validation metric stops improving; `why` says it in our words.
 
     Args:
         monitor, mode: as of `BestCheckpoint`.
@@ -38,6 +35,11 @@ class MetricEarlyStopping(EarlyStopping):
         super().__init__(monitor, min_delta, patience, mode=mode or "min", **options)
         self._takes_mode = mode is None
 
+    @property
+    def state_key(self) -> str:
+        """What its state is called in a checkpoint: as when runs used Lightning's own class."""
+        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         metric = metric_of(trainer)
         if stage == "fit" and self._takes_mode:
@@ -46,11 +48,6 @@ class MetricEarlyStopping(EarlyStopping):
             self.best_score = torch.tensor(worst(self.mode))
         self.monitor = self.monitor.replace(PLACEHOLDER, metric.name)
         super().setup(trainer, pl_module, stage)
-
-    def _run_early_stopping_check(self, trainer: Trainer) -> None:
-        super()._run_early_stopping_check(trainer)
-        if self.stopping_reason_message and trainer.is_global_zero:
-            log.warning("early stopping at step %d: %s", trainer.global_step, self.why())
 
     def why(self) -> str:
         """What ended the run, and the option that lets it go on for longer."""

@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
+from callbacks.early_stopping import MetricEarlyStopping
+
 log = logging.getLogger(__name__)
 
 NOTICED = 0.01  # relative change of the learning rate
@@ -82,6 +84,8 @@ def say_why_it_ended(trainer: Trainer) -> None:
 
 def reason_to_end(callback: Any) -> str | None:
     """Why a callback ended the training, if it did."""
+    if isinstance(callback, MetricEarlyStopping) and callback.stopping_reason_message:
+        return f"early stopping, since {callback.why()}"
     if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
         reason = callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
         return f"early stopping. {reason}"

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from callbacks.preemption import Preempted
 from callbacks.step_count import count_steps_done
 from callbacks.throughput import Throughput
+from callbacks.wandb_logger import RunWandbLogger
 from data.base import TokenDataModule
 from nsa.training.lightning_module import NSALightningModule
 from runs import checkpoints, counts, lock, notices, ranks, record, results, strategies, time_limit
@@ -30,6 +31,8 @@ from runs.folder import CHECKPOINTS, newest_first, write_text
 from runs.same_run import check_same_run, flatten
 
 log = logging.getLogger(__name__)
+
+MATMUL_PRECISIONS = ("highest", "high", "medium")  # PyTorch's names
 
 REFUSALS = (ValueError, OSError, InstantiationException)  # of a config, before training
 
@@ -48,6 +51,7 @@ def build(cfg: DictConfig) -> Run:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     check_settings(settings)
     weights = settings["model"].pop("weights")  # where a run starts from is no part of its model
+    torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     parts = ("model", "optimizer", "scheduler", "compile", "activation_checkpointing")
     module = NSALightningModule(**{part: settings[part] for part in parts})
     trainer = build_trainer(cfg)
@@ -101,6 +105,11 @@ def check_settings(settings: dict[str, Any]) -> None:
             "trainer.max_steps validates at the end alone"
         )
     results.check_objective(settings["objective"], results.metric_of(settings["data"]).name)
+    precision = settings["float32_matmul_precision"]
+    if precision not in MATMUL_PRECISIONS:
+        raise ValueError(
+            f"float32_matmul_precision={precision} must be one of {', '.join(MATMUL_PRECISIONS)}"
+        )
     model, data = settings["model"]["vocab_size"], settings["data"]["vocab_size"]
     if model < data:
         raise ValueError(f"model.vocab_size={model} must be at least data.vocab_size={data}")
@@ -172,6 +181,9 @@ def train(run: Run, cfg: DictConfig) -> dict[str, Any]:
     result |= {"metric": name, "better": better}
     if trainer.is_global_zero:
         report(result, cfg)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunWandbLogger):
+                logger.summarize(result)
     return result
 
 
@@ -190,6 +202,7 @@ def summary(run: Run, cfg: DictConfig, room: Room | None) -> str:
     backends = sorted({getattr(block.attention, "backend", "sdpa") for block in model.layers})
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    products = torch.get_float32_matmul_precision()
     rows = {
         "model": f"{cfg.model.name}, {model.num_params / 1e6:.2f} M parameters",
         "tokens per step": step,
@@ -198,7 +211,7 @@ def summary(run: Run, cfg: DictConfig, room: Room | None) -> str:
         "device": f"{trainer.world_size} × {name}",
         "memory": room and f"{room.expected / 2**30:.1f} of {room.free / 2**30:.1f} GiB expected",
         "backend": ", ".join(backends),
-        "precision": trainer.precision,
+        "precision": f"{trainer.precision}, float32 products: {products}",
         "run folder": cfg.run_dir,
     }
     return "\n".join(f"{label:>16}  {value}" for label, value in rows.items() if value)

@@ -1,6 +1,7 @@
 """Do checkpoints, metrics.csv and the callbacks of conf/callbacks carry a run across a kill?"""
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import OmegaConf
 from tiny_run import OF_LIGHTNING, TinyModule, fit
 
+from callbacks.best_checkpoint import BestCheckpoint
 from callbacks.csv_logger import RunCSVLogger, read_rows
+from callbacks.early_stopping import MetricEarlyStopping
 from callbacks.rewind_metrics import RewindMetrics
 from callbacks.step_checkpoint import RunCheckpoint, StepCheckpoint
 
@@ -100,6 +103,19 @@ def test_a_resumed_run_knows_the_validation_of_the_step_it_goes_on_from(tmp_path
     content = torch.load(tmp_path / "step_4.ckpt", weights_only=True)
     states = [state for key, state in content["callbacks"].items() if "val/bpb" in key]
     assert states[0]["best_model_path"].endswith("best_4.ckpt")
+
+
+def test_a_run_from_before_data_named_their_metric_keeps_its_best_score(tmp_path):
+    former = EarlyStopping("val/bpb")
+    fit(tmp_path, *savers(tmp_path, 4), former, max_steps=4)
+    naming: Any = {"auto_insert_metric_name": False, "enable_version_counter": False}
+    best, stopper = BestCheckpoint(tmp_path, "best_{step}", **naming), MetricEarlyStopping()
+    path, options = tmp_path / "last.ckpt", {"max_steps": 5, "limit_val_batches": 0}
+    fit(tmp_path, best, savers(tmp_path, 4)[1], stopper, ckpt_path=path, **options)
+    assert best.best_model_score == stopper.best_score == former.best_score
+    assert math.isfinite(former.best_score) and best.best_model_path == str(
+        tmp_path / "best_4.ckpt"
+    )
 
 
 def test_step_checkpoints_are_kept_by_number(tmp_path):

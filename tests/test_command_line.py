@@ -232,7 +232,7 @@ def test_only_the_wrapping_of_hydra_is_taken_off() -> None:
         (["scheduler.warmup_steps=500"], "scheduler.warmup_steps=500 is more than"),
         (
             ["callbacks=early_stopping", "callbacks.early_stopping.min_delta=9", PATIENCE],
-            "training ended after step 6 of 9: early stopping",
+            "training ended after step 6 of 9: early stopping, since val/bpb got no better than",
         ),
         (["logger=none"], "9 steps"),
         (["trainer.max_time=00:00:00:00"], "trainer.max_time is over, which counts the whole run"),

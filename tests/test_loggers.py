@@ -1,6 +1,9 @@
 """Is metrics.csv whole at any moment, and is a run folder one W&B run, offline, with no account?"""
 
+import threading
+import time
 from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import wandb
 from lightning.pytorch.loggers import Logger
 from tiny_run import TinyData, TinyModule, fit, tiny_trainer
 
+from callbacks import wandb_logger
 from callbacks.csv_logger import RunCSVLogger, read_rows
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput
@@ -202,13 +206,45 @@ def test_the_mode_is_offline_unless_told_otherwise(
 ):
     if environment:
         monkeypatch.setenv("WANDB_MODE", environment)
+    monkeypatch.setattr(wandb_logger, "refuse_if_unreachable", lambda: None)
     logger = RunWandbLogger(tmp_path, offline=offline)
     assert logger._wandb_init["mode"] == mode
 
 
-def test_online_without_an_account_says_so_and_does_not_ask(tmp_path):
-    with pytest.raises(wandb.errors.UsageError, match=r"(?i)api.key"):
+def test_online_without_an_account_says_so_and_does_not_ask(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_logger, "refuse_if_unreachable", lambda: None)
+    with pytest.raises(ConnectionError, match=r"(?i)api.key[^$]*logger.wandb.offline=true"):
         RunWandbLogger(tmp_path, offline=False).log_metrics({"x": 1.0}, step=0)
+
+
+def test_online_without_a_network_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    refused = r"W&B does not answer at http://127.0.0.1:9 .*logger.wandb.offline=true"
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=refused):
+        RunWandbLogger(tmp_path, offline=False)
+    assert time.monotonic() - began < 5
+    monkeypatch.setenv("RANK", "1")  # rank zero alone talks to W&B
+    RunWandbLogger(tmp_path, offline=False)
+
+
+def test_an_answer_of_any_kind_will_do(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # 501 to HEAD
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        wandb_logger.refuse_if_unreachable()
+        server.shutdown()
+
+
+def test_the_summary_has_the_result(tmp_path):
+    logger = RunWandbLogger(tmp_path)
+    logger.summarize({"val_bpb": 1.0})  # nothing was logged: no run is begun for it
+    assert wandb.run is None
+    logger.log_metrics({"x": 1.0}, step=1)
+    logger.summarize({"val_bpb": 1.25, "test_bpb": None, "metric": "bpb"})
+    summary = dict(logger.experiment.summary)
+    assert summary["val_bpb"] == 1.25 and summary["metric"] == "bpb" and "test_bpb" not in summary
 
 
 def test_trainer_log_dir_is_the_run_folder(tmp_path):

@@ -10,9 +10,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from forked_runs import Signal, finished, run
 from tiny_run import OF_LIGHTNING, TinyModule, fit
 
-from callbacks.preemption import SIGNALS, Preempted, Preemption, leave_on_signals
+from callbacks.csv_logger import read_rows
+from callbacks.preemption import SIGNALS, Preempted, Preemption, heard, leave_on_signals
 from callbacks.step_checkpoint import StepCheckpoint
 from data.base import leave_signals_to_the_trainer
 
@@ -37,6 +39,18 @@ class SignalAt(TinyModule):
         if (("validation", self.global_step)) == self.when:
             os.kill(os.getpid(), self.which)
         super().validation_step(batch, batch_idx)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_heard():
+    """Also where whoever started the tests has them ignored, as a shell does in the background."""
+    ignored = [which for which in (*SIGNALS, signal.SIGINT) if not heard(which)]
+    for which in ignored:
+        default = signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL
+        signal.signal(which, default)
+    yield
+    for which in ignored:
+        signal.signal(which, signal.SIG_IGN)
 
 
 def saver(folder: Path, every: int = 100) -> StepCheckpoint:
@@ -151,6 +165,42 @@ def test_a_run_that_is_preempted_often_keeps_no_more_checkpoints(tmp_path: Path)
 def test_it_needs_what_saves(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep that one too, or drop both"):
         fit(tmp_path, Preemption())
+
+
+# Through train.py
+
+TRAIN = (
+    *("trainer=cpu", "trainer.max_steps=6", "trainer.log_every_n_steps=1", "val_every_n_steps=3"),
+    *("trainer.num_sanity_val_steps=0", "data.val_tokens=400", "data.test_tokens=400"),
+    *("model.dim=16", "model.depth=1", "model.heads=2", "model.dim_head=8", "model.seq_len=32"),
+    *("batch.sequences_per_step=4", "batch.micro_batch_size=4", "scheduler.warmup_steps=2"),
+    *("logger=csv", "callbacks.samples.new_tokens=2", "data=text", "data.paths=[corpus.txt]"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    text = "".join(f"{i} squared is {i * i}\n" for i in range(800))
+    (tmp_path / "corpus.txt").write_text(text)
+    return tmp_path
+
+
+def test_ctrl_c_and_a_closed_terminal_save_the_run_until_it_is_finished(folder: Path) -> None:
+    command = [*TRAIN, "run_dir=outputs/mine", "float32_matmul_precision=medium"]
+    mine, log = folder / "outputs" / "mine", folder / "run.log"
+    for which, step in ((signal.SIGINT, 1), (signal.SIGHUP, 3)):
+        assert run(folder, command, sent=Signal(which, 0, step)) == [143], log.read_text()[-3000:]
+        assert (mine / "checkpoints" / f"step_{step + 1}.ckpt").is_file()
+        told = f"told to end: saved after step {step + 1}; it goes on with run_dir="
+        assert told in log.read_text()
+        (mine / "loss.png").unlink()
+    finished(run(folder, command), folder)
+    assert [row["step"] for row in read_rows(mine / "metrics.csv")] == list("123456")
+    assert "finished" not in log.read_text() and "Traceback" not in log.read_text()
+    assert "precision  32-true, float32 products: medium" in log.read_text()
+    log.unlink()
+    finished(run(folder, command), folder)
+    assert "this run is finished: 6 of trainer.max_steps=6 steps are done" in log.read_text()
 
 
 def test_a_loader_obeys_its_trainer_alone() -> None:

@@ -513,6 +513,7 @@ def test_validation_counts_optimizer_steps_and_the_test_can_be_left_out(folder: 
         ({"val_every_n_steps": 0}, "val_every_n_steps=0 must be at least 1"),
         ({"model": {"vocab_size": 100}}, "vocab_size=100 must be at least data.vocab_size=256"),
         ({"compile": "off"}, "compile=off is text"),
+        ({"float32_matmul_precision": "tf32"}, "precision=tf32 must be one of highest, high, medi"),
         ({"objective": "bpb"}, "objective=bpb must be one or a list of val_bpb, test_bpb"),
     ],
 )
@@ -521,6 +522,7 @@ def test_settings_nothing_else_would_notice_are_refused(change: dict, message: s
     good = {"batch": batch, "val_every_n_steps": 1, "model": {"vocab_size": 256}}
     data = {"_target_": "data.datamodule.TextDataModule", "vocab_size": 256}
     good |= {"data": data, "compile": False, "objective": "val_bpb"}
+    good |= {"float32_matmul_precision": "high"}
     run.check_settings(good)
     bad = good | {k: good[k] | v if isinstance(v, dict) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):
