@@ -11,8 +11,8 @@ import requests
 import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from runs import ranks
 from runs.folder import write_text
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class RunWandbLogger(WandbLogger):
             log.warning(
                 "a W&B sweep sees nothing of a run that is offline: add logger.wandb.offline=false"
             )
-        if mode == "online" and ranks.is_zero():
+        if mode == "online":
             refuse_if_unreachable()
         options: dict[str, Any] = {
             "mode": mode,
@@ -118,6 +118,7 @@ class RunWandbLogger(WandbLogger):
             self._experiment.summary.update(known)
 
 
+@rank_zero_only
 def refuse_if_unreachable() -> None:
     """Whether W&B answers at all, whatever it answers: W&B itself would retry for two minutes.
 
