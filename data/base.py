@@ -152,7 +152,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
         """The text of a training sample, its last label included."""
         return self.decode(self._train_windows()[sample]["tokens"].tolist())
 
-    def _train_windows(self) -> TrainWindows:
+    def _train_windows(self) -> Any:
         return TrainWindows(self.splits["train"], self.seq_len, self.seed)
 
     def _train_batches(self, rank: int) -> TrainBatches:
@@ -179,8 +179,11 @@ class TokenDataModule(L.LightningDataModule, ABC):
         """The test split, or its first `test_tokens`, once."""
         return self._eval_loader("test")
 
+    def _eval_windows(self, split: str) -> Any:
+        return EvalWindows(self.splits[split], self.seq_len, self.eval_tokens[split])
+
     def _eval_loader(self, split: str) -> DataLoader:
-        windows = EvalWindows(self.splits[split], self.seq_len, self.eval_tokens[split])
+        windows = self._eval_windows(split)
         batches = EvalBatches(
             num_windows=len(windows),
             batch_size=self.micro_batch_size,

@@ -1,0 +1,193 @@
+"""Serves a task as a corpus: {"tokens": [B, T + 1], "scored": [B, T]}, judged by its accuracy."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.base import TokenDataModule, check_at_least
+from data.datamodule import StdlibDataModule
+from data.metrics import ACCURACY
+from data.sampler import mix
+from data.shards import TokenSplit
+from data.tasks import needles, symbols
+from data.tasks.sample import Sample, Sizes
+from data.tokenizer import ByteTokenizer
+
+OF_SYMBOLS = {
+    "recall": symbols.recall,
+    "straddle": symbols.straddle,
+    "induction": symbols.induction,
+    "selective_copy": symbols.selective_copy,
+}
+IN_TEXT = {"passkey": needles.passkey, "needles": needles.needles}
+TASKS = (*OF_SYMBOLS, *IN_TEXT)
+STREAMS = {"train": 0, "val": 1, "test": 2}  # of random numbers
+
+
+class RecallDataModule(TokenDataModule):
+    """A task with known answers, made on the fly. Only the labels that are asked for are scored.
+
+    Sample k of a run is a function of seed and k; those of validation and test are the same for
+    every seed. Tasks in text take it from the standard library's source, split by split.
+
+    Args:
+        task: one of `TASKS`.
+        num_facts, num_questions, facts_per_cluster, min_distance, block_size, offset,
+            needle_depth: see `data.tasks.sample.Sizes`.
+        grow_samples: training samples over which the number of facts grows to `num_facts`.
+        val_sequences, test_sequences: windows in these splits.
+    """
+
+    metric = ACCURACY
+
+    def __init__(
+        self,
+        *,
+        task: str,
+        num_facts: int,
+        num_questions: int,
+        facts_per_cluster: int,
+        min_distance: int,
+        block_size: int,
+        offset: int | None,
+        needle_depth: float | None,
+        grow_samples: int,
+        val_sequences: int,
+        test_sequences: int,
+        **numbers: Any,
+    ) -> None:
+        super().__init__(**numbers)
+        if task not in TASKS:
+            raise ValueError(f"data.task={task!r} must be one of {', '.join(TASKS)}")
+        if self.vocab_size != ByteTokenizer.vocab_size:
+            raise ValueError(f"data.vocab_size={self.vocab_size} must be 256 for a task")
+        at_least_one = {
+            "num_facts": num_facts,
+            "num_questions": num_questions,
+            "facts_per_cluster": facts_per_cluster,
+            "block_size": block_size,
+            "val_sequences": val_sequences,
+            "test_sequences": test_sequences,
+        }
+        for option, value in at_least_one.items():
+            check_at_least(f"data.{option}", value, 1)
+        check_at_least("data.min_distance", min_distance, 0)
+        check_at_least("data.grow_samples", grow_samples, 0)
+        check_places(task, num_facts, num_questions, block_size, offset, needle_depth)
+        self.task = task
+        self.sizes = Sizes(
+            seq_len=self.seq_len,
+            num_facts=num_facts,
+            num_questions=num_questions,
+            facts_per_cluster=facts_per_cluster,
+            min_distance=min_distance,
+            block_size=block_size,
+            offset=offset,
+            needle_depth=needle_depth,
+        )
+        self.grow_samples = grow_samples
+        self.num_sequences = {"val": val_sequences, "test": test_sequences}
+        sizes = {"seq_len": self.seq_len, "micro_batch_size": 1}
+        self.text = StdlibDataModule(name="stdlib", vocab_size=256, **sizes)
+        self.identity = {"task": f"{task}, {self.sizes}, grow_samples={grow_samples}"}
+
+    def source(self) -> dict[str, Any]:
+        return dict(self.identity)
+
+    def build(self, folder: Path) -> None:
+        raise NotImplementedError("a task is made on the fly")
+
+    def prepare_data(self, verify: bool = True) -> None:
+        """Tasks in text prepare it; the others need nothing."""
+        if self.task in IN_TEXT:
+            self.text.prepare_data(verify)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the text, and make one sample, which refuses what does not fit its window."""
+        if self.task in IN_TEXT:
+            self.text.setup(stage)
+        self.sample("train", max(self.grow_samples, 1) - 1)
+
+    def sample(self, split: str, number: int) -> Sample:
+        """One sample of a split, by its number."""
+        seed = self.seed if split == "train" else 0
+        rng = np.random.Generator(np.random.Philox(key=mix(seed, STREAMS[split], number)))
+        sizes = self.sizes
+        if split == "train" and number + 1 < self.grow_samples:
+            facts = -(-sizes.num_facts * (number + 1) // self.grow_samples)
+            sizes = sizes.with_facts(facts)
+        if self.task in OF_SYMBOLS:
+            return OF_SYMBOLS[self.task](rng, sizes)
+        return IN_TEXT[self.task](rng, sizes, self._text(rng, self.text.splits[split]))
+
+    def _text(self, rng: np.random.Generator, split: TokenSplit) -> NDArray[np.int64]:
+        start = int(rng.integers(0, len(split) - self.seq_len))
+        return split.read(start, start + self.seq_len + 1)
+
+    def bytes_per_token(self, split: str) -> float:
+        """A token stands for one byte, or for one symbol."""
+        return 1.0
+
+    def _train_windows(self) -> "TaskWindows":
+        return TaskWindows(self, "train", None)
+
+    def _eval_windows(self, split: str) -> "TaskWindows":
+        return TaskWindows(self, split, self.num_sequences[split])
+
+
+class TaskWindows(Dataset):
+    """Sample number -> {"tokens": int64 [T + 1], "scored": bool [T]}.
+
+    Numbers from `num_sequences` on have nothing to score: they fill up the ranks' last batches.
+    """
+
+    def __init__(self, task: RecallDataModule, split: str, num_sequences: int | None) -> None:
+        self.sample_of, self.split, self.num_sequences = task.sample, split, num_sequences
+        self.seq_len = task.seq_len
+
+    def __len__(self) -> int:
+        assert self.num_sequences is not None, "training is endless"
+        return self.num_sequences
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        if self.num_sequences is not None and number >= self.num_sequences:
+            beyond = torch.full((self.seq_len + 1,), -1)
+            return {"tokens": beyond, "scored": torch.zeros(self.seq_len, dtype=torch.bool)}
+        sample = self.sample_of(self.split, number)
+        return {
+            "tokens": torch.from_numpy(sample.tokens),
+            "scored": torch.from_numpy(sample.scored),
+        }
+
+
+def check_places(
+    task: str,
+    num_facts: int,
+    num_questions: int,
+    block_size: int,
+    offset: int | None,
+    needle_depth: float | None,
+) -> None:
+    """Refuse what no window could hold, however long."""
+    most = {"induction": 128, "selective_copy": None, "needles": 8}.get(task, 64)
+    least = 2 if task == "induction" else 1
+    if num_facts < least or (most is not None and num_facts > most):
+        raise ValueError(
+            f"data.num_facts={num_facts} must be at least {least} and at most {most} for "
+            f"data.task={task}"
+        )
+    if task in ("recall", "straddle") and num_questions > num_facts:
+        raise ValueError(
+            f"data.num_questions={num_questions} must be at most data.num_facts={num_facts}"
+        )
+    if offset is not None and not 0 <= offset < block_size:
+        raise ValueError(f"data.offset={offset} must be from 0 to data.block_size - 1")
+    if needle_depth is not None and not 0 <= needle_depth <= 1:
+        raise ValueError(
+            f"data.needle_depth={needle_depth} must be from 0 (the beginning) to 1 (the end)"
+        )
