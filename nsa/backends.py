@@ -28,6 +28,8 @@ class Backend:
 
     Args:
         gated_attention: the branches and their sum in one op; None if it has no such op.
+        append_token, append_block, cached_attention: one step of decoding (`nsa.decoding`); None
+            for all three decodes by `nsa.reference`.
         importances: the names of the rules it has; None for any rule, one's own included.
         covers: options, spelled as one sets them in `SparseAttention`.
         reasons: why it lacks an option, for the message that refuses it.
@@ -42,6 +44,9 @@ class Backend:
     combine: Callable[..., Tensor]
     rotate: Callable[..., Tensor]
     gated_attention: Callable[..., Tensor] | None = None
+    append_token: Callable[..., tuple[Tensor, list[Tensor]]] | None = None
+    append_block: Callable[..., None] | None = None
+    cached_attention: Callable[..., tuple[Tensor, Tensor]] | None = None
     importances: frozenset[str] | None = None
     covers: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
@@ -95,6 +100,9 @@ if find_spec("triton"):
         combine=kernels.combine,
         rotate=kernels.rotate,
         gated_attention=kernels.gated_attention,
+        append_token=kernels.append_token,
+        append_block=kernels.append_block,
+        cached_attention=kernels.cached_attention,
         importances=frozenset({"probability_sum", "logit_mean"}),
         covers=OPTIONS,
     )

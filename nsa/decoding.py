@@ -14,10 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa import blocks, ops, reference
+from nsa.backends import BACKENDS
 from nsa.cache import LayerCache, recall
 from nsa.config import NSAConfig
 from nsa.heads import Branches, Heads
-from nsa.rotary import angles_at, rotate
+from nsa.rotary import angles_at, rotary_frequencies, rotate
 
 # Queries, keys and values of a layer's new tokens, which stand where a function of their number
 # says; None: at 0, 1, …
@@ -48,8 +49,83 @@ def sparse_attention(
         write_compressed(cache, x.k_cmp, x.v_cmp)
         cache.advance(tokens.shape[1], counts)
         return attn.gated_sum(x)
+    if BACKENDS[attn.backend].cached_attention is not None:
+        make_room(cache, tokens.shape[1], causal=attn.cfg.causal)
+        return attend_by_kernels(attn, attn.split_heads(tokens), cache, counts)
     compressed, selected, sliding, gates, _ = sparse_branches(attn, tokens, cache, counts)
     return ops.combine(gates, compressed, selected, sliding)
+
+
+MOST_TOKENS = 64  # that one launch of decode kernels takes: their scores are T x C numbers
+
+
+def attend_by_kernels(
+    attn: Any, heads: Heads, cache: LayerCache, counts: Int[Tensor, " B"] | None
+) -> Float[Tensor, "B n H D"]:
+    """`sparse_attention` by the backend's own decode kernels; the host never waits for them."""
+    num_new, step = heads.q.shape[1], BACKENDS[attn.backend]
+    if num_new > MOST_TOKENS:
+        return attend_in_chunks(attn, heads, cache, counts)
+    assert step.cached_attention and step.append_token and step.append_block
+    positions = cache.positions(num_new)
+    if num_new == 1 and counts is None:
+        new = heads[1:7]
+        frequencies = rotary_frequencies(attn.dim_head, base=attn.rope_base, device=new[0].device)
+        window = list(cache["window"])
+        q_rot, block = step.append_token(
+            heads.q, new, frequencies, cache.lengths, list(cache["selected"]), window,
+            list(cache["tail"]), attn.cfg,
+        )  # fmt: skip
+        networks = (attn.compress_k, attn.compress_v)
+        folded = [network(x) for network, x in zip(networks, block, strict=False)]
+        step.append_block(folded, list(cache["compressed"]), cache.lengths, attn.cfg)
+    else:
+        q_rot, window = append_tokens(attn, heads, cache, positions, counts)
+    kept = list(cache["compressed"])
+    out, _ = step.cached_attention(
+        heads.q, q_rot, heads.gates, (kept[0], kept[-1]), tuple(cache["selected"]), tuple(window),
+        positions, attn.cfg, *attn.memory(heads.q),
+        shared=attn.shared_selection, compressed_output=attn.compressed_output,
+    )  # fmt: skip
+    cache.advance(num_new, counts)
+    return out
+
+
+def append_tokens(
+    attn: Any,
+    heads: Heads,
+    cache: LayerCache,
+    positions: Int[Tensor, "B n"],
+    counts: Int[Tensor, " B"] | None,
+) -> tuple[Float[Tensor, "B n H D"], list[Float[Tensor, "B ring G D"]]]:
+    """Several tokens enter the cache.  Rotated queries, and a ring that holds all their windows."""
+    angles = angles_at(positions, attn.dim_head, base=attn.rope_base)
+    k_win = rotate(heads.k_win, angles)
+    num_new = positions.shape[1]
+    slots = blocks.ring_positions(
+        cache.lengths + num_new, attn.cfg.sliding_window_size + num_new - 1
+    )
+    window = [
+        recall(ring, x, cache.lengths, slots)
+        for ring, x in zip(cache["window"], (k_win, heads.v_win), strict=True)
+    ]
+    compress_whole_blocks(attn, cache, heads)
+    rotated = (rotate(heads.k_slc, angles), heads.v_slc, k_win, heads.v_win)
+    remember(attn, cache, heads, rotated, counts)
+    return rotate(heads.q, angles), window
+
+
+def attend_in_chunks(
+    attn: Any, heads: Heads, cache: LayerCache, counts: Int[Tensor, " B"] | None
+) -> Float[Tensor, "B n H D"]:
+    """`attend_by_kernels`, MOST_TOKENS tokens at a time."""
+    outs = []
+    for first in range(0, heads.q.shape[1], MOST_TOKENS):
+        part = Heads(*(x[:, first : first + MOST_TOKENS] for x in heads))
+        size = part.q.shape[1]
+        some = None if counts is None else (counts - first).clamp(0, size)
+        outs.append(attend_by_kernels(attn, part, cache, some))
+    return torch.cat(outs, dim=1)
 
 
 @torch.no_grad()

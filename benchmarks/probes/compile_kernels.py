@@ -28,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import nsa.kernels as kernels
 from benchmarks.judge import by_descriptor
+from nsa.blocks import num_compress_blocks
 from nsa.config import NSAConfig
 from nsa.kernels import autotune, descriptors, selected, tile_sizes
 from nsa.kernels.tile_order import op as tile_order
@@ -39,6 +40,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int16: "*i16",
+    torch.int64: "*i64",
 }
 MATRIX = r"(?<=wgmma\.mma_async\.sync\.aligned\.)m\d+n\d+k\d+|(?<!a\.)\bmma\.sync"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -158,6 +160,29 @@ def exercise(
         )
     out = out + kernels.selected_attention(q, k, v, indices, cfg, gates)
     out.sum().backward()
+    exercise_decoding(B, T, H, G, D, dtype, cfg)
+
+
+@torch.no_grad()
+def exercise_decoding(
+    B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype, cfg: NSAConfig
+) -> None:
+    """Launch the kernels of one decoding step."""
+    if not cfg.causal:
+        return
+
+    def pair(rows: int) -> list[Tensor]:
+        return [torch.zeros(B, rows, G, D, dtype=dtype) for _ in range(2)]
+
+    q, lengths = torch.zeros(B, 1, H, D, dtype=dtype), torch.zeros(B, dtype=torch.long)
+    compressed, selected = pair(num_compress_blocks(T, cfg) + 1), pair(T)
+    window, tail = pair(cfg.sliding_window_size), pair(cfg.compress_block_size)
+    new = [x for _ in range(3) for x in pair(1)]
+    kernels.append_token(q, new, torch.zeros(D // 2), lengths, selected, window, tail, cfg)
+    kernels.append_block(pair(1), compressed, lengths, cfg)
+    gates = torch.zeros(B, 1, H, 3, dtype=dtype)
+    both = tuple(compressed), tuple(selected), tuple(window)
+    kernels.cached_attention(q, q, gates, *both, lengths[:, None], cfg)
 
 
 def every_candidate(problem: Problem, launch: Callable[[Tile], object]) -> Tile:

@@ -4,8 +4,10 @@ Importing this package needs Triton. Kernels run on CUDA devices, and on a CPU i
 interpreter (TRITON_INTERPRET=1, float32).
 """
 
+from nsa.kernels.append import append_block, append_token
 from nsa.kernels.combine import combine
 from nsa.kernels.compressed import compressed_attention
+from nsa.kernels.decode import cached_attention
 from nsa.kernels.gated import gated_attention
 from nsa.kernels.pooling import block_means
 from nsa.kernels.rotary import rotate
@@ -15,7 +17,10 @@ from nsa.kernels.selected_importance import selected_importance
 from nsa.kernels.window import sliding_window_attention
 
 __all__ = [
+    "append_block",
+    "append_token",
     "block_means",
+    "cached_attention",
     "combine",
     "compressed_attention",
     "gated_attention",

@@ -351,7 +351,7 @@ def cached_attention(
             acc, m, norm, n, K, k_win.shape[1], parts_cmp, parts, D**-0.5,
             **heads, J=J, N=N, LENGTH=length, WINDOW=cfg.sliding_window_size,
             SELECTED_PARTS=parts_slc, WINDOW_PARTS=parts_win,
-            ROWS=padded(H // J), num_warps=4, num_stages=3,
+            ROWS=padded(H // J), num_warps=4, num_stages=2,
         )  # fmt: skip
         merge_kernel[(rows, H)](
             acc, m, norm, gates, out, H=H, D=D, PADDED_D=padded(D),
