@@ -206,6 +206,7 @@ def summary(run: Run, cfg: DictConfig, room: Room | None) -> str:
     rows = {
         "model": f"{cfg.model.name}, {model.num_params / 1e6:.2f} M parameters",
         "tokens per step": step,
+        "recipe": HydraConfig.get().runtime.choices["recipe"],
         "steps": f"{trainer.max_steps:,}",
         "visible tokens": f"{model.visible_tokens(seq_len):.0f} keys per query, of all branches",
         "device": f"{trainer.world_size} × {name}",

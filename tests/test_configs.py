@@ -61,6 +61,24 @@ def test_a_model_brings_its_attention_and_the_command_line_has_the_last_word() -
     assert composed("model=nsa_small", "trainer=debug").trainer.max_steps == 4
 
 
+def test_a_model_brings_its_recipe_and_the_command_line_chooses_another() -> None:
+    own, other = composed("model=dense_small"), composed("model=dense_small", "recipe=tiny")
+    assert (own.trainer.max_steps, other.trainer.max_steps) == (10000, 300)
+    assert (own.optimizer.lr, other.optimizer.lr) == (1e-3, 3e-3)
+    assert own.batch.sequences_per_step == 32 and other.batch.sequences_per_step == 8
+    assert own.model == other.model
+    one = composed("recipe=tiny", "optimizer.lr=1", "trainer=debug")  # and both below have more
+    assert (one.optimizer.lr, one.trainer.max_steps) == (1, 4)
+
+
+def test_a_recipe_is_all_that_a_model_does_not_say() -> None:
+    for model in options("model"):
+        keys = set(OmegaConf.load(CONF / "model" / f"{model}.yaml")) - {"defaults"}
+        assert keys == {"model"}, model
+    for recipe in options("recipe"):
+        assert "model" not in OmegaConf.load(CONF / "recipe" / f"{recipe}.yaml")
+
+
 def test_the_defaults_of_conf_are_those_of_nsa_config() -> None:
     attention = plain(composed("attention=paper").attention)
     for field in dataclasses.fields(NSAConfig):

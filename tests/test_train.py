@@ -456,6 +456,7 @@ def test_a_sweep_trains_every_job_it_can_and_leaves_a_table(folder: Path) -> Non
     assert (outputs / "sweep.md").is_file() and (outputs / "sweep.png").is_file()
     for line in ("parameters", "tokens per step", "visible tokens", "backend  torch"):
         assert line in output
+    assert "recipe  tiny" in output
     assert set(results[0]) == {"val_bpb", "test_bpb", *FIGURES, "overrides", "metric", "better"}
     command = (outputs / "1" / "command.txt").read_text()  # of this job alone
     assert "train.py trainer=cpu" in command and "attention.num_selected_blocks=2 " in command
