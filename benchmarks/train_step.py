@@ -102,7 +102,7 @@ def model_options(size: str, kind: str, backend: str, tokens: int) -> dict[str, 
         cfg = compose("train", overrides)
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     optimizer: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
-    del model["name"]
+    del model["name"], model["weights"]
     return {"model": model, "optimizer": optimizer}
 
 
@@ -166,6 +166,8 @@ class Step:
 def build(size: str, job: Job, options: argparse.Namespace, depth: int | None = None) -> Step:
     kind, backend, *how = job[0].split()
     torch.manual_seed(0)
+    if options.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # here: a graph takes its memory when it is recorded
     built = model_options(size, kind, backend, job[1])
     with options.device:  # where its weights are drawn, too
         model = Transformer(**built["model"] | ({"depth": depth} if depth else {}))
@@ -181,8 +183,6 @@ def measure_step(step: Step, seconds: float) -> Row:
     """Time, speed and memory of a step that is ready to be taken."""
     device, model = step.device, step.model
     batch, tokens = step.tokens.shape[0], step.tokens.shape[1] - 1
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     step()  # allocates the optimizer's state
     step_ms = measure.milliseconds(step, device, seconds=seconds, most=50)
     per_second = 1e3 * batch * tokens / step_ms
