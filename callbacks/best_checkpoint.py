@@ -1,4 +1,4 @@
-"""The checkpoints of a run that its data's metric finds best."""
+"""The best checkpoints of a run, by the metric of its data."""
 
 from pathlib import Path
 from typing import Any

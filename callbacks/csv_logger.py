@@ -78,7 +78,7 @@ class RunCSVLogger(Logger):
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing: the resolved config is the provenance callback's file."""
+        """Nothing: the provenance callback writes the resolved config."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

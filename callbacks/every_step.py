@@ -21,7 +21,7 @@ class Step:
         number: from 1.
         losses: of each rank, and of each of its micro-batches, in nats a token.
         grad_norm: over all parameters, before clipping.
-        broken: whether a loss or the gradient is not finite, for which a loss scaler has no cure.
+        broken: whether a loss or the gradient is not finite, and no smaller loss scale helps.
     """
 
     number: int
@@ -48,7 +48,7 @@ class EveryStep(EveryNSteps):
 
     What a step leaves behind (`step_losses` and `grad_norm` of the module) stays on its device and
     its rank until it is read: every n steps, before any checkpoint, and at the end. So nothing
-    waits for a GPU in between. `count`, of what a subclass counts, is part of the checkpoint.
+    waits for a GPU in between. What a subclass counts in `count` is part of the checkpoint.
 
     Args:
         every_n_steps: None reads at every step on a CPU, where it costs nothing, and at the

@@ -26,10 +26,10 @@ class Guard(EveryStep):
     with its value and its samples, and logs `optim/skipped_steps`, how many there were so far,
     whenever that grows. Once they are more than the budget it has `StepCheckpoint` save and raises
     FloatingPointError, on all ranks. A step that a loss scaler (16-mixed) skips, to go on with half
-    the scale, is none of them unless a loss broke or the scale has fallen below 1.
+    the scale, does not count, unless a loss is not finite or the scale is below 1.
 
-    Before a checkpoint the weights must be finite as well: a finite gradient does not show that the
-    last update broke them.
+    Before a checkpoint the weights must be finite as well: the last update may have broken them
+    although its gradient was finite.
 
     Args:
         skip_budget: steps that may be skipped, over the whole run, however often it goes on; 0

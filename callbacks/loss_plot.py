@@ -123,8 +123,10 @@ def draw(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    million = tokens_per_step / 1e6
-    there_and_back: Any = (lambda steps: steps * million, lambda tokens: tokens / million)
+    last_step = max(step for step, _ in train + validation)
+    unit, size = ("million", 1e6) if last_step * tokens_per_step >= 1e6 else ("thousand", 1e3)
+    factor = tokens_per_step / size
+    there_and_back: Any = (lambda steps: steps * factor, lambda tokens: tokens / factor)
     above = axes.secondary_xaxis("top", functions=there_and_back)
-    above.set_xlabel("million tokens")
+    above.set_xlabel(f"{unit} tokens")
     return figure

@@ -1,4 +1,4 @@
-"""The metric that the data of a run name, as callbacks take it from there."""
+"""How callbacks get the metric of a run: its data name it."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ def metric_of(trainer: Any) -> Any:
 
 
 def worst(mode: str) -> float:
-    """What any value is better than."""
+    """The value that any other one is better than."""
     return float("inf") if mode == "min" else -float("inf")
 
 
 def check_mode(callback: str, monitor: str, mode: str | None) -> None:
-    """Raises ValueError where nothing says whether less or more of `monitor` is better."""
+    """Refuse another metric than the data's without a word on which values are better."""
     if mode is None and PLACEHOLDER not in monitor:
         raise ValueError(
             f"callbacks.{callback}.monitor={monitor} is not the metric of the data: say with "

@@ -17,8 +17,9 @@ EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTE
 
 
 class Preempted(BaseException):
-    """The run was told to end, and is saved. As KeyboardInterrupt, it is no error to recover from:
-    a sweep does not go on with its next job.
+    """The run was told to end, and is saved.
+
+    Like KeyboardInterrupt, it is not an error: a sweep does not go on with its next job.
     """
 
 
@@ -114,7 +115,7 @@ class Preemption(Callback):
 
 
 def leave_on_signals() -> None:
-    """End the program with EXIT_CODE on a signal: what is to be repeated, is."""
+    """End the program with EXIT_CODE on a signal, so that a cluster starts it again."""
 
     def leave(which: int, frame: FrameType | None) -> None:
         sys.exit(EXIT_CODE)
@@ -124,7 +125,7 @@ def leave_on_signals() -> None:
 
 
 def heard(*signals: signal.Signals) -> list[signal.Signals]:
-    """Without those that whoever started the program has it ignore, as nohup does SIGHUP."""
+    """Those that this program was not started to ignore, as it is by nohup, which hides SIGHUP."""
     return [which for which in signals if signal.getsignal(which) != signal.SIG_IGN]
 
 

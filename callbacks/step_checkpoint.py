@@ -13,12 +13,13 @@ PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # of Ligh
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint`, that removes the checkpoint a run went on from like any other
-    once a better one is whole: a run that is started again and again does not fill the disk.
+    """A `ModelCheckpoint` that also removes the checkpoint a run went on from.
+
+    It does so once a better one is whole: a run that is started often does not fill the disk.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, and when it was saved; of paths only the names, since folders are moved."""
+        """Lightning's state, and when it was saved; paths without folders, which may be moved."""
         state = super().state_dict()
         state["dirpath"] = ""
         for name in PATHS:
@@ -27,7 +28,7 @@ class RunCheckpoint(ModelCheckpoint):
         return state | {SAVED_AT: time.time()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of the stored checkpoints those that lie in the folder of now: a branch has none yet."""
+        """Only checkpoints that lie in this run's folder count: a branch has none yet."""
         state, folder = dict(state_dict), Path(self.dirpath or "")
 
         def here(path: str) -> str:

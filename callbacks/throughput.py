@@ -38,7 +38,7 @@ PEAK_TFLOPS = (
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
 )
-OTHER_PARTS = {"MIG", "LAPTOP", "D"}  # a slice of, or another chip than, the part its name recalls
+OTHER_PARTS = {"MIG", "LAPTOP", "D"}  # not the part of that name: a slice of it, or another chip
 
 
 def peak_flops_of(device_name: str) -> float | None:

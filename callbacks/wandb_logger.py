@@ -9,6 +9,7 @@ from typing import Any
 
 import requests
 import wandb
+import wandb.errors as wandb_errors
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -102,7 +103,7 @@ class RunWandbLogger(WandbLogger):
             write_text(self._id_file, f"{self._id}\n")
         try:
             run = super().experiment
-        except wandb.errors.Error as error:
+        except wandb_errors.Error as error:
             raise ConnectionError(f"W&B refuses this run: {error.message}\n{WAY_OUT}") from error
         if getattr(run, "id", None) not in (self._id, None, "dummy"):
             raise RuntimeError(

@@ -28,6 +28,7 @@ from callbacks.progress_bar import StepProgressBar, clock, human
 from callbacks.provenance import Provenance, git_state
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput, peak_flops_of
+from data.metrics import BITS_PER_BYTE
 from nsa import blocks
 from nsa.config import NSAConfig
 from nsa.transformer import Transformer
@@ -558,6 +559,13 @@ def test_the_smooth_curve_is_a_mean_of_neighbours_from_the_first_point_on():
     line = [(step, float(step)) for step in range(40)]
     assert smooth(line, 0.5)[20] == (20, 20.0)  # 5 points on each side: a quarter of 20
     assert smooth(line, 0.5)[38] == (38, sum(range(28, 40)) / 12)  # 10 (of 9.5) before, one after
+
+
+@pytest.mark.parametrize(("per_step", "unit"), [(100, "thousand"), (100_000, "million")])
+def test_the_plot_counts_tokens_too(per_step, unit):
+    figure = loss_plot.draw([(10, 4.0), (20, 3.0)], [], BITS_PER_BYTE, 0.1, per_step)
+    (above,) = figure.axes[0].child_axes
+    assert above.get_xlabel() == f"{unit} tokens"
 
 
 def test_a_curve_passes_over_the_steps_that_were_skipped():

@@ -110,8 +110,8 @@ def test_a_run_from_before_data_named_their_metric_keeps_its_best_score(tmp_path
     fit(tmp_path, *savers(tmp_path, 4), former, max_steps=4)
     naming: Any = {"auto_insert_metric_name": False, "enable_version_counter": False}
     best, stopper = BestCheckpoint(tmp_path, "best_{step}", **naming), MetricEarlyStopping()
-    path, options = tmp_path / "last.ckpt", {"max_steps": 5, "limit_val_batches": 0}
-    fit(tmp_path, best, savers(tmp_path, 4)[1], stopper, ckpt_path=path, **options)
+    options: Any = {"ckpt_path": tmp_path / "last.ckpt", "max_steps": 5, "limit_val_batches": 0}
+    fit(tmp_path, best, savers(tmp_path, 4)[1], stopper, **options)
     assert best.best_model_score == stopper.best_score == former.best_score
     assert math.isfinite(former.best_score) and best.best_model_path == str(
         tmp_path / "best_4.ckpt"
