@@ -315,8 +315,8 @@ def reason(error: BaseException) -> str:
     return str(first.strerror or first) if first else first_line(error)
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def first_line(error: object) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def not_written(path: Path, why: str) -> str:

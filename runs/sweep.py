@@ -57,8 +57,7 @@ def attempt(cfg: DictConfig) -> Mapping[str, Any]:
         return train(run, cfg)
     except Exception as error:
         known = isinstance(error, expected) and "HYDRA_FULL_ERROR" not in os.environ
-        why = first_line(root(error))
-        why = why if known else f"{type(error).__name__}: {why}"
+        why = first_line(root(error) if known else f"{type(error).__name__}: {error}")
         hydra = HydraConfig.get()
         log.error("job %s failed: %s", hydra.job.num, why, exc_info=not known)
         result = {"error": why, "overrides": list(hydra.overrides.task)}
