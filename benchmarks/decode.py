@@ -5,8 +5,8 @@ sum, with its append; against dense attention on a cache of the same length by e
 torch has. With and without CUDA graphs. Then prefill, and a whole step of `nsa_small`.
 
 First the kernels are checked on this GPU: no figure without it. Rows go to benchmarks/results.csv
-(suite `decode`): `tokens` is the context, forward_ms a token's time for the whole batch, and
-(suite `decode`): `tokens` is the context, forward_ms the time of a token of every sequence, and
+(suite `decode`): `tokens` is the context, forward_ms the time of one step of all sequences, and
+tokens_per_second counts all sequences. The table gives GB/s of keys, values and scores read.
 """
 
 import argparse

@@ -75,7 +75,9 @@ def test_all_hold_the_same_in_the_same_form(place: Path, kind: str) -> None:
 @pytest.mark.usefixtures("runs")
 def test_text_can_be_generated_from_a_folder(place: Path) -> None:
     paths = [str(place / kind / "last.ckpt") for kind in ("one", "fsdp_folder")]
-    options = [generate.Options(ckpt=path, prompt="\1\2", seq_len=9) for path in paths]
+    options = [
+        generate.Options(ckpt=path, prompt=["\1\2"], seq_len=9, stop=False) for path in paths
+    ]
     texts = [generate.generate(option) for option in options]
     assert texts[0] == texts[1] and len(texts[0]) == 9
 

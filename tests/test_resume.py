@@ -102,7 +102,7 @@ def test_a_checkpoint_holds_plain_values(folder: Path) -> None:
 
 def test_a_checkpoint_is_all_that_generate_needs(folder: Path) -> None:
     path = only(folder.glob("outputs/whole/*")) / "checkpoints" / "last.ckpt"
-    text = generate.generate(generate.Options(ckpt=str(path), prompt="7 squared", seq_len=20))
+    text = generate.generate(generate.Options(ckpt=str(path), prompt=["7 squared"], seq_len=20))
     assert text.startswith("7 squared") and len(text) > len("7 squared")
 
 
