@@ -9,6 +9,9 @@ so every branch reads the output's own gradient: that of a branch's output is ne
 gradients of the gates are the deltas of the branches. One pass over dO gives all three.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 from jaxtyping import Float, Int
@@ -72,6 +75,71 @@ def weigh_kernel(
     )  # fmt: skip
 
 
+class Inputs(NamedTuple):
+    """The op's tensors, in the order of its arguments.
+
+    compressed and lse_cmp are what `attend_tiles` gave for q, k_cmp and v_cmp; their gradient is
+    part of this op's.
+    """
+
+    gates: Tensor
+    q: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    compressed: Tensor
+    lse_cmp: Tensor
+    q_rot: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    block_indices: Tensor
+    k_win: Tensor
+    v_win: Tensor
+
+
+class Sizes(NamedTuple):
+    """What the op is told of its branches; as integers, since the op takes a list of them."""
+
+    tiles: int  # 1: selected attention in the tile order, 0: in the block order
+    causal: int
+    compress_block_size: int
+    compress_block_sliding_stride: int
+    memory: int  # keys before the compressed ones that every token sees
+    selected_length: int  # tokens of a selected block, after splitting
+    sliding_window_size: int
+    initial: int  # dense blocks, as `attend_blocks` takes them
+    local: int
+
+    @property
+    def prefix(self) -> tuple[str, bool, int, int, int]:
+        """The compressed branch's rule, as `attend_tiles` takes it."""
+        size, stride = self.compress_block_size, self.compress_block_sliding_stride
+        return "prefix", bool(self.causal), size, stride, self.memory
+
+    @property
+    def bits(self) -> tuple[str, bool, int, int, int]:
+        return "bits", bool(self.causal), self.selected_length, 1, 0
+
+    @property
+    def band(self) -> tuple[str, bool, int, int, int]:
+        return "band", bool(self.causal), self.sliding_window_size, 1, 0
+
+    @property
+    def blocks(self) -> tuple[int, bool, int, int]:
+        """What `attend_blocks` takes."""
+        return self.selected_length, bool(self.causal), self.initial, self.local
+
+
+class Known(NamedTuple):
+    """What the backward pass needs of the selected and the sliding branch."""
+
+    selected: Tensor
+    lse_slc: Tensor
+    members: Tensor  # who keeps which block: words of bits, or the block order's slots
+    starts: Tensor  # where each block's slots start; empty in the tile order
+    sliding: Tensor
+    lse_win: Tensor
+
+
 @custom_op
 def gated_attention_op(
     gates: Tensor,
@@ -86,85 +154,51 @@ def gated_attention_op(
     block_indices: Tensor,
     k_win: Tensor,
     v_win: Tensor,
-    tiles: bool,
-    causal: bool,
-    size: int,
-    stride: int,
-    memory: int,
-    length: int,
-    window: int,
-    initial: int,
-    local: int,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out [B, T, H, Dv], and what the backward reuses of the selected and the sliding branch.
-
-    compressed and lse_cmp are what `attend_tiles` gave for q, k_cmp, v_cmp; their gradient is part
-    of this one's. size, stride and memory are the compressed branch's, length a selected block's;
-    initial and local are `attend_blocks`'s.
-    """
-    if tiles:
-        lists = membership(block_indices, num_words_of(k_slc, length))
-        starts = lists.new_empty(0)
-        selected, lse_slc = attend_tiles(q_rot, k_slc, v_slc, lists, "bits", causal, length, 1, 0)
-    else:
-        rule = length, causal, initial, local
-        selected, lse_slc, lists, starts = attend_blocks(
-            q_rot, k_slc, v_slc, block_indices, None, *rule
-        )
-    sliding, lse_win = attend_tiles(q_rot, k_win, v_win, None, "band", causal, window, 1, 0)
+    """out [B, T, H, Dv] of `Inputs` and `Sizes`, and what is `Known` then."""
+    told = Sizes(*sizes)
+    selected, lse_slc, members, starts = attend_selected(q_rot, k_slc, v_slc, block_indices, told)
+    sliding, lse_win = attend_tiles(q_rot, k_win, v_win, None, *told.band)
     out = combine_op(gates, compressed, selected, sliding)
-    return out, selected, lse_slc, lists, starts, sliding, lse_win
+    return out, selected, lse_slc, members, starts, sliding, lse_win
+
+
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, sizes: Sizes
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The selected branch in either loop order: its output, lse, members and starts."""
+    if not sizes.tiles:
+        return attend_blocks(q, k, v, block_indices, None, *sizes.blocks)
+    words = membership(block_indices, num_words_of(k, sizes.selected_length))
+    return *attend_tiles(q, k, v, words, *sizes.bits), words, words.new_empty(0)
 
 
 @custom_op
 def gated_attention_backward_op(
-    gates: Tensor,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    compressed: Tensor,
-    lse_cmp: Tensor,
-    q_rot: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    block_indices: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    selected: Tensor,
-    lse_slc: Tensor,
-    lists: Tensor,
-    starts: Tensor,
-    sliding: Tensor,
-    lse_win: Tensor,
-    dout: Tensor,
-    tiles: bool,
-    causal: bool,
-    size: int,
-    stride: int,
-    memory: int,
-    length: int,
-    window: int,
+    inputs: Sequence[Tensor], known: Sequence[Tensor], dout: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win."""
-    branches = (compressed, selected, sliding), (lse_cmp, lse_slc, lse_win)
-    dgates, delta, lse = weigh(gates, dout, *branches)
+    x, of, told = Inputs(*inputs), Known(*known), Sizes(*sizes)
+    outs, lses = (x.compressed, of.selected, of.sliding), (x.lse_cmp, of.lse_slc, of.lse_win)
+    dgates, delta, lse = weigh(x.gates, dout, outs, lses)
     # The selected branch first: its partial results are the largest, and little else is there yet.
-    if tiles:
-        rule = "bits", causal, length, 1, 0
+    rotated = x.q_rot, x.k_slc, x.v_slc
+    if told.tiles:
         dq_rot, dk_slc, dv_slc = gradients(
-            q_rot, k_slc, v_slc, lists, lse[1], dout, rule, delta=delta[1]
+            *rotated, of.members, lse[1], dout, told.bits, delta=delta[1]
         )
     else:
-        known = lse[1], delta[1], lists, starts, dout
+        of_rows = lse[1], delta[1], of.members, of.starts, dout
         dq_rot, dk_slc, dv_slc, _ = block_gradients(
-            q_rot, k_slc, v_slc, block_indices, *known, False, length, causal
+            *rotated, x.block_indices, *of_rows, False, told.selected_length, bool(told.causal)
         )
-    rule = "band", causal, window, 1, 0
     dq_rot, dk_win, dv_win = gradients(
-        q_rot, k_win, v_win, None, lse[2], dout, rule, delta=delta[2], onto=dq_rot
+        x.q_rot, x.k_win, x.v_win, None, lse[2], dout, told.band, delta=delta[2], onto=dq_rot
     )
-    rule = "prefix", causal, size, stride, memory
-    dq, dk_cmp, dv_cmp = gradients(q, k_cmp, v_cmp, None, lse[0], dout, rule, delta=delta[0])
+    dq, dk_cmp, dv_cmp = gradients(
+        x.q, x.k_cmp, x.v_cmp, None, lse[0], dout, told.prefix, delta=delta[0]
+    )
     return dgates, dq, dk_cmp, dv_cmp, dq_rot, dk_slc, dv_slc, dk_win, dv_win
 
 
@@ -188,40 +222,36 @@ def weigh(
 
 
 @register_fake(gated_attention_op)
-def _(gates, q, k_cmp, v_cmp, compressed, lse_cmp, q_rot, k_slc, v_slc, indices, *rest):
-    tiles, causal, length = rest[2], rest[3], rest[7]
-    initial, local = rest[9:]
-    if tiles:
-        B, T, J, _ = indices.shape
-        lists = indices.new_empty(B, J, num_words_of(k_slc, length), T)
-        starts = indices.new_empty(0)
-    else:
-        rule = length, causal, initial, local
-        *_, lists, starts = attend_blocks(q_rot, k_slc, v_slc, indices, None, *rule)
-    out, lse = compressed, lse_cmp
-    like_out = [out.new_empty(out.shape) for _ in range(3)]
-    like_lse = [lse.new_empty(lse.shape) for _ in range(2)]
-    return like_out[0], like_out[1], like_lse[0], lists, starts, like_out[2], like_lse[1]
+def _(*arguments):
+    x, sizes = Inputs(*arguments[:-1]), Sizes(*arguments[-1])
+    *_, members, starts = attend_selected(x.q_rot, x.k_slc, x.v_slc, x.block_indices, sizes)
+    out, selected, sliding = (x.compressed.new_empty(x.compressed.shape) for _ in range(3))
+    lse_slc, lse_win = (x.lse_cmp.new_empty(x.lse_cmp.shape) for _ in range(2))
+    return out, *Known(selected, lse_slc, members, starts, sliding, lse_win)
 
 
 @register_fake(gated_attention_backward_op)
-def _(gates, q, k_cmp, v_cmp, compressed, lse_cmp, q_rot, k_slc, v_slc, indices, k_win, v_win, *_):
-    inputs = gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win
-    return tuple(x.new_empty(x.shape) for x in inputs)
+def _(inputs, known, dout, sizes):
+    x = Inputs(*inputs)
+    differentiable = x.gates, x.q, x.k_cmp, x.v_cmp, x.q_rot, x.k_slc, x.v_slc, x.k_win, x.v_win
+    return tuple(y.new_empty(y.shape) for y in differentiable)
 
 
 def _save(ctx, inputs, output):
-    tensors, ctx.rules = inputs[:12], inputs[12:-2]
+    *tensors, ctx.sizes = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, *_):
-    grads = gated_attention_backward_op(*ctx.saved_tensors, dout.contiguous(), *ctx.rules)
-    dgates, dq, dk_cmp, dv_cmp, *of_rotated, dk_win, dv_win = grads
-    known = None, None  # compressed and its lse
-    return dgates, dq, dk_cmp, dv_cmp, *known, *of_rotated, None, dk_win, dv_win, *([None] * 9)
+    number, saved = len(Inputs._fields), ctx.saved_tensors
+    grads = gated_attention_backward_op(
+        saved[:number], saved[number:], dout.contiguous(), ctx.sizes
+    )
+    dgates, dq, dk_cmp, dv_cmp, dq_rot, dk_slc, dv_slc, dk_win, dv_win = grads
+    of_rotated = dq_rot, dk_slc, dv_slc, None, dk_win, dv_win  # indices have none
+    return dgates, dq, dk_cmp, dv_cmp, None, None, *of_rotated, None
 
 
 register_autograd(gated_attention_op, _backward, setup_context=_save)
@@ -257,10 +287,11 @@ def gated_attention(
         q, k_cmp, v_cmp, compressed.detach(), q_rot, k_slc, v_slc, k_win, v_win
     )
     tiles, indices, length = in_order(block_indices, q_rot, v_slc, cfg)
-    size, stride = cfg.compress_block_size, cfg.compress_block_sliding_stride
+    sizes = Sizes(
+        tiles, cfg.causal, cfg.compress_block_size, cfg.compress_block_sliding_stride, memory,
+        length, cfg.sliding_window_size, *dense_blocks(cfg, length, width_of(q_rot, v_slc)),
+    )  # fmt: skip
     return gated_attention_op(
         gates.contiguous(), q, k_cmp, v_cmp, compressed, lse.detach().float().contiguous(),
-        q_rot, k_slc, v_slc, indices, k_win, v_win,
-        tiles, cfg.causal, size, stride, memory, length, cfg.sliding_window_size,
-        *dense_blocks(cfg, length, width_of(q_rot, v_slc)),
+        q_rot, k_slc, v_slc, indices, k_win, v_win, list(map(int, sizes)),
     )[0]  # fmt: skip

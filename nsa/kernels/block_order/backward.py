@@ -33,6 +33,42 @@ def delta_kernel(
     tl.store(delta_ptr + rows, row_delta(out_ptr, dout, None, rows, live, DV, PADDED_DV), mask=live)
 
 
+@jit
+def weights_and_gradients(
+    q, dout, k, v, lse2, delta, offs_s, end, t, scale,
+    CAUSAL: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P and dS of a tile of rows and a block: [KEYS, ROWS] if KEYS_FIRST, else [ROWS, KEYS]."""
+    if KEYS_FIRST:
+        s, dp = inner_products(k, q, PRECISION), inner_products(v, dout, PRECISION)
+        keys, tokens, lse2, delta = offs_s[:, None], t[None, :], lse2[None, :], delta[None, :]
+    else:
+        s, dp = inner_products(q, k, PRECISION), inner_products(dout, v, PRECISION)
+        keys, tokens, lse2, delta = offs_s[None, :], t[:, None], lse2[:, None], delta[:, None]
+    seen = tl.broadcast_to(keys < end, s.shape)
+    if CAUSAL:
+        seen = seen & (keys <= tokens)
+    p = tl.where(seen, tl.exp2(s * (scale * LOG2E) - lse2), 0.0)
+    ds = (p * (dp * scale - delta)).to(k[0].dtype)
+    return p.to(v[0].dtype), ds
+
+
+@jit
+def store_slot_gradients(
+    part_dq_ptr, part_dgate_ptr, part, live, ds, q, k,
+    D: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows' partial dQ, and with GATES their partial gradients of gates.  ds is [ROWS, KEYS]"""
+    dgate = tl.zeros([ds.shape[0]], tl.float32)
+    for i in tl.static_range(len(k)):  # one column after the other: fewer registers
+        dq = tl.dot(ds, k[i], input_precision=PRECISION)
+        store_column(part_dq_ptr, part, live, dq, i, D, WIDTH)
+        if GATES:  # a factor on a row's scores: its gradient is the sum of dS * S, or Q * dQ
+            dgate += tl.sum(q[i].to(tl.float32) * dq, 1)
+    if GATES:
+        tl.store(part_dgate_ptr + part, dgate, mask=live)
+
+
 @jit(do_not_specialize=["chunk", "head0"])
 def block_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
@@ -88,18 +124,9 @@ def block_bwd_kernel(
         dout = load_columns(dout_ptr, rows, live, DV, WIDTH_V)  # parts of [ROWS, DV]
         lse2 = load_lse2(lse_ptr, rows, live)
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0) * scale
-        if KEYS_FIRST:  # scores are [KEYS, ROWS]
-            s, dp = inner_products(k, q, PRECISION), inner_products(v, dout, PRECISION)
-            keys, tokens, lse2, delta = offs_s[:, None], t[None, :], lse2[None, :], delta[None, :]
-        else:  # [ROWS, KEYS]
-            s, dp = inner_products(q, k, PRECISION), inner_products(dout, v, PRECISION)
-            keys, tokens, lse2, delta = offs_s[None, :], t[:, None], lse2[:, None], delta[:, None]
-        seen = tl.broadcast_to(keys < end, s.shape)
-        if CAUSAL:
-            seen = seen & (keys <= tokens)
-        p = tl.where(seen, tl.exp2(s * (scale * LOG2E) - lse2), 0.0)
-        ds = (p * (dp * scale - delta)).to(k[0].dtype)
-        p = p.to(v[0].dtype)
+        p, ds = weights_and_gradients(
+            q, dout, k, v, lse2, delta, offs_s, end, t, scale, CAUSAL, KEYS_FIRST, PRECISION
+        )
         if KEYS_FIRST:
             dv = add_product(dv, p, dout, PRECISION)
             dk = add_product(dk, ds, q, PRECISION)
@@ -108,14 +135,9 @@ def block_bwd_kernel(
             dv = add_product(dv, tl.trans(p), dout, PRECISION)
             dk = add_product(dk, tl.trans(ds), q, PRECISION)
         part = (slot - slot0).to(tl.int64) * R + r
-        dgate = tl.zeros([ROWS], tl.float32)
-        for i in tl.static_range(len(k)):  # one part after the other: fewer registers
-            dq = tl.dot(ds, k[i], input_precision=PRECISION)
-            store_column(part_dq_ptr, part, live, dq, i, D, WIDTH)
-            if GATES:  # a factor on a row's scores: its gradient is the sum of dS * S, or Q * dQ
-                dgate += tl.sum(q[i].to(tl.float32) * dq, 1)
-        if GATES:
-            tl.store(part_dgate_ptr + part, dgate, mask=live)
+        store_slot_gradients(
+            part_dq_ptr, part_dgate_ptr, part, live, ds, q, k, D, WIDTH, GATES, PRECISION
+        )
         if AHEAD:
             slot = load_slots(slots_ptr, lo, hi, offs_i + ROWS, R)
     sums = (b * T + offs_s) * J + j  # rows of dk and dv
