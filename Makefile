@@ -30,7 +30,7 @@ test-gpu: .venv/.installed ## run the tests that need a GPU
 sanitize: .venv/.installed ## run a small case of every kernel under NVIDIA's compute-sanitizer (needs a GPU)
 	for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 \
-			$(BIN)/python -m benchmarks.check_kernels --check-one "100 tokens R3 D16" || exit 1; \
+			$(BIN)/python tests/kernel_cases.py "100 tokens R3 D16" || exit 1; \
 	done
 
 compile-oldest: .venv/.installed ## compile every kernel with the oldest Triton that pyproject.toml allows

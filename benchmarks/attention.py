@@ -18,11 +18,11 @@ import torch
 from torch._functorch import config as functorch
 
 from benchmarks import layer, measure, plots, workers
-from benchmarks.judge import Verdict, any_order
 from benchmarks.rivals import RIVALS, backend_of
 from benchmarks.workers import Assignment, Job, Row, Unavailable, attempt
 from benchmarks.workloads import LAYOUTS, OURS, PAPER, Item, Layout, Workload
 from nsa.backends import resolve_backend
+from nsa.testing import Verdict, any_order
 
 MODULE = "benchmarks.attention"
 ITEMS = OURS | RIVALS

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.judge import Verdict, any_order, by_descriptor, judge, judge_selection
 from benchmarks.workers import Unavailable
 from nsa import reference
 from nsa.backends import BACKENDS, Backend
 from nsa.branches import gated_attention
 from nsa.config import NSAConfig
 from nsa.heads import Projected
+from nsa.testing import Verdict, any_order, by_descriptor, judge, judge_selection
 
 PAPER = NSAConfig()  # its sizes are the defaults
 BOTH_ORDERS = (True, False)  # of selected attention: query tiles outside, or key blocks outside

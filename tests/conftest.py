@@ -25,13 +25,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel forgot to write reads as NaN, not as luck."""
+    from nsa.testing import ALLOCATORS, poisoned  # late: types are checked of what follows the hook
 
-    def poisoned(allocate):
-        def wrapper(*args, **kwargs):
-            out = allocate(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        return wrapper
-
-    for name in ("empty", "empty_like"):
+    for name in ALLOCATORS:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

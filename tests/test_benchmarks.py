@@ -10,7 +10,6 @@ import torch
 
 from benchmarks import (
     attention,
-    check_kernels,
     measure,
     plots,
     train_step,
@@ -102,9 +101,9 @@ def test_triton_is_judged_in_both_loop_orders() -> None:
     cfg = NSAConfig(selection_block_size=16, compress_block_size=16, num_selected_blocks=2)
     layout = workloads.Layout(2, 1, 16)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # CPU: the interpreter
-    w = workloads.Workload(layout, 40, torch.float32, device, "triton", cfg)
+    w = workloads.Workload(layout, 24, torch.float32, device, "triton", cfg)
     kept = torch.tensor([0, -1], dtype=torch.int32, device=device)
-    w.__dict__["indices"] = kept.expand(1, 40, 1, 2)  # selecting is slow in the interpreter
+    w.__dict__["indices"] = kept.expand(1, 24, 1, 2)  # selecting is slow in the interpreter
     verdicts = [check() for check in workloads.selected(w).checks]
     assert [verdict.ok for verdict in verdicts] == [True, True]
 
@@ -206,13 +205,3 @@ def test_kernels_are_added_up_by_name() -> None:
     assert found["a"] == pytest.approx((2 / kernel_times.CALLS, 1.5 / kernel_times.CALLS))
     shown = kernel_times.show("forward", {"b": (1.0, 3.0), "a": (2.0, 1.5), "tiny": (1.0, 0.001)})
     assert "forward: 4.50 ms" in shown and "2 x  a" in shown and "tiny" not in shown
-
-
-def test_a_check_that_raises_is_a_failure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(check_kernels, "FAILED", failed := [])
-    check_kernels.attempt("holds", lambda: "ok")
-    check_kernels.attempt("breaks", lambda: [][0])
-    check_kernels.attempt("is wrong", lambda: "FAIL out 2.00")
-    assert failed == ["breaks", "is wrong"] and "FAIL IndexError" in capsys.readouterr().out

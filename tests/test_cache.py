@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels_judge import DEVICE
+from kernel_inputs import DEVICE
 from test_transformer import ATTENTION as SIZES
 from torch import Tensor, nn
 

@@ -16,7 +16,7 @@ FLOORS = (  # from the roof down: a module imports lower floors and its own pack
     ("runs",),
     ("callbacks", "data", "nsa.training"),
     ("nsa",),
-    ("nsa.transformer",),
+    ("nsa.transformer", "nsa.testing"),
     ("nsa.sampling",),
     ("nsa.step_graph",),
     ("nsa.attention",),

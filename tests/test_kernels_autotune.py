@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from kernels_judge import DEVICE
+from kernel_inputs import DEVICE
 
 pytest.importorskip("triton")
 

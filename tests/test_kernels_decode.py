@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from kernels_judge import DEVICE, largest
+from kernel_inputs import DEVICE
 
 from nsa import blocks, reference
 from nsa.config import NSAConfig
 from nsa.kernels.decode import cached_attention
+from nsa.testing import largest
 
 CFG = dict(
     sliding_window_size=7, compress_block_size=6, compress_block_sliding_stride=4,

@@ -1,14 +1,13 @@
 """Kernels at real sizes in bfloat16, float16 and float32, on a GPU."""
 
 import os
-import time
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.check_kernels import CHECKS, run_alone
+import kernel_cases
 
 
 def test_unmarked_tests_see_no_gpu():
@@ -16,9 +15,17 @@ def test_unmarked_tests_see_no_gpu():
     assert not torch.cuda.is_available()
 
 
+def test_a_check_that_raises_is_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(kernel_cases, "FAILED", failed := [])
+    kernel_cases.attempt("holds", lambda: "ok")
+    kernel_cases.attempt("breaks", lambda: [][0])
+    kernel_cases.attempt("is wrong", lambda: "FAIL out 2.00")
+    assert failed == ["breaks", "is wrong"] and "FAIL IndexError" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*CHECKS, "addresses"])
+@pytest.mark.parametrize("name", kernel_cases.NAMES)
 def test_case(name):
     """Each case in a process of its own, so that a broken GPU context costs only itself."""
-    report = run_alone("check", name, time.time() + 280)
+    report = kernel_cases.run_alone(name, seconds=280)
     assert "ok" in report and "FAIL" not in report, report

@@ -18,7 +18,8 @@ SIZES = dict(
     sliding_window_size=8,
     compress_block_size=8,
     compress_block_sliding_stride=4,
-    selection_block_size=16,
+    selection_block_size=8,
+    num_local_blocks=1,
     num_selected_blocks=3,
 )
 OPTIONS = {
@@ -38,8 +39,8 @@ def both(build, num_tokens: int, dtype: torch.dtype) -> list[list[torch.Tensor]]
         torch.nn.init.normal_(parameter, std=0.3)
     judge = build("reference").to(dtype)
     judge.load_state_dict(copy.deepcopy(module.state_dict()))
-    tokens = torch.randn(2, num_tokens, 32)
-    upstream = torch.randn(2, num_tokens, 32)
+    tokens = torch.randn(1, num_tokens, 32)
+    upstream = torch.randn(1, num_tokens, 32)
     results = []
     for attend in (module, judge):
         kind = next(attend.parameters()).dtype
@@ -55,7 +56,7 @@ def test_the_module_is_the_references(name: str) -> None:
     def build(backend: str) -> SparseAttention:
         return SparseAttention(**(SIZES | OPTIONS[name]), backend=backend)
 
-    for got, want in zip(*both(build, 40, torch.float64), strict=True):
+    for got, want in zip(*both(build, 28, torch.float64), strict=True):
         torch.testing.assert_close(got, want.to(got.dtype), atol=2e-4, rtol=1e-3)
 
 

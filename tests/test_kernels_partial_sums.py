@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels_judge import DEVICE
+from kernel_inputs import DEVICE
 
 from nsa.kernels.partial_sums import summed
 

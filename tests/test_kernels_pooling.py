@@ -1,10 +1,11 @@
 """Means of compressed blocks against plain PyTorch."""
 
 import pytest
-from kernels_judge import assert_no_worse, random
+from kernel_inputs import random
 
 from nsa import kernels
 from nsa.config import NSAConfig
+from nsa.testing import assert_no_worse
 
 
 @pytest.mark.parametrize("sizes", [(4, 2), (6, 4), (7, 3), (5, 5), (3, 1)])

@@ -1,9 +1,10 @@
 """The rotary kernel against plain PyTorch."""
 
 import pytest
-from kernels_judge import DEVICE, assert_no_worse, random
+from kernel_inputs import DEVICE, random
 
 from nsa import kernels, rotary
+from nsa.testing import assert_no_worse
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3, 8), (1, 17, 1, 48), (2, 20, 4, 16)])

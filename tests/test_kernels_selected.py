@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from kernels_judge import DEVICE, assert_no_worse, heads
+from kernel_inputs import DEVICE, heads
 from torch import Tensor
 
-from benchmarks.judge import poisoned_empty
 from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
 from nsa.kernels import selected
 from nsa.kernels.block_order import lists
 from nsa.kernels.block_order import op as block_order
+from nsa.testing import assert_no_worse, poisoned_empty
 
 
 def config(length: int, n: int, causal: bool = True) -> NSAConfig:

@@ -27,12 +27,12 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import nsa.kernels as kernels
-from benchmarks.judge import by_descriptor
 from nsa.blocks import num_compress_blocks
 from nsa.config import NSAConfig
 from nsa.kernels import autotune, descriptors, selected, tile_sizes
 from nsa.kernels.tile_order import op as tile_order
 from nsa.kernels.tile_sizes import Problem, Tile, candidates
+from nsa.testing import by_descriptor
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -202,7 +202,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--sizes", default="32/16/64/16/512", help="l/d/l'/n/w")
-    parser.add_argument("--acyclic", action="store_true", help="causal=False")
+    parser.add_argument("--non-causal", action="store_true", help="causal=False")
     parser.add_argument("--candidates", action="store_true", help="all tiles worth timing")
     parser.add_argument("--kernel", default="", help="part of the names of kernels")
     return parser.parse_args(argv)
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     size, d, block, n, w = map(int, args.sizes.split("/"))
     cfg = NSAConfig(
         compress_block_size=size, compress_block_sliding_stride=d, selection_block_size=block,
-        num_selected_blocks=n, sliding_window_size=w, causal=not args.acyclic,
+        num_selected_blocks=n, sliding_window_size=w, causal=not args.non_causal,
     )  # fmt: skip
     worst = 0
 

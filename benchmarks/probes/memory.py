@@ -18,10 +18,10 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.judge import loop_order
 from benchmarks.probes.host_overhead import no_gpu
 from benchmarks.workloads import LAYOUTS, Layout, Workload, nsa
 from nsa.kernels.block_order import lists
+from nsa.testing import loop_order
 
 SCALE = 16
 

@@ -12,11 +12,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.judge import any_order
 from benchmarks.measure import as_tuple, clock_times, forward_and_backward
 from benchmarks.workloads import OURS, Workload
 from nsa.kernels import autotune
 from nsa.kernels.tile_sizes import Problem, Tile, candidates, table_tile, tiles
+from nsa.testing import any_order
 
 OP = {"prefix": "compressed", "band": "window", "bits": "selected tiles", "": "selected blocks"}
 KINDS = (  # kernel and rule, the most valuable first

@@ -1,32 +1,27 @@
-"""Check every kernel and gradient on this GPU against the float64 reference (`benchmarks.judge`).
+"""Cases for every kernel and gradient at real sizes, judged by `nsa.testing`.
 
-    python -m benchmarks.check_kernels                 # all of it, within --minutes
-    python -m benchmarks.check_kernels --case small    # the cases whose name holds it
+    python tests/kernel_cases.py "17 tokens"
 
-Every case is a process of its own, so that one that fails, hangs or breaks the GPU context costs
-only itself. A number after an output's name is its error over its budget. `benchmarks.attention`
-times what is checked here.
+test_kernels_gpu.py runs every case in a process of its own, so that one that fails, hangs or breaks
+the GPU's context costs only itself. A number behind an output's name is its error over its budget.
 """
 
-import argparse
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
-import triton
 from torch import Tensor
 
 import nsa.kernels as kernels
-from benchmarks.judge import by_descriptor, judge, judge_selection, loop_order
 from nsa import blocks, pooling, reference, rotary
 from nsa.config import NSAConfig
 from nsa.kernels.block_order import lists
 from nsa.rotary import rotary_angles
+from nsa.testing import by_descriptor, judge, judge_selection, loop_order
 
 PAPER = dict(
     sliding_window_size=512, compress_block_size=32, compress_block_sliding_stride=16,
@@ -67,7 +62,7 @@ def small(**changes) -> dict:
     return SMALL | changes
 
 
-CHECKS = {
+CASES = {
     "paper 16/1 D128": Case(2, 1000, 16, 1, 128, 128, sizes=PAPER),
     "llama 8/2 D128": Case(1, 1000, 8, 2, 128, 128, sizes=PAPER | dict(num_selected_blocks=5)),
     "gqa 8/4 D64": Case(2, 1000, 8, 4, 64, 64, sizes=PAPER, memories=2),
@@ -278,14 +273,16 @@ def check_addresses() -> None:
 
 # ---- processes ------------------------------------------------------------
 
+NAMES = (*CASES, "addresses")
 
-def run_alone(kind: str, name: str, stop: float) -> str:
-    """One case in a process of its own, until `stop`; what it printed, how it ended."""
-    command = [sys.executable, "-u", "-m", "benchmarks.check_kernels", f"--{kind}-one", name]
+
+def run_alone(name: str, seconds: float) -> str:
+    """One case in a process of its own; what it printed, and how it ended."""
+    command = [sys.executable, "-u", __file__, name]
     begin = time.time()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        output, _ = process.communicate(timeout=max(1.0, stop - begin))
+        output, _ = process.communicate(timeout=seconds)
         end = "" if process.returncode == 0 else f"  FAIL exit status {process.returncode}\n"
     except subprocess.TimeoutExpired:
         process.kill()
@@ -297,39 +294,16 @@ def run_alone(kind: str, name: str, stop: float) -> str:
     return f"{name}  [{time.time() - begin:.0f} s]\n" + "\n".join(lines) + f"\n{end}"
 
 
-def check_all(names: Sequence[str], workers: int, stop: float) -> int:
-    """The cases side by side; how many have a check that failed."""
-    failed = 0
-    with ThreadPoolExecutor(workers) as pool:
-        for done in as_completed([pool.submit(run_alone, "check", name, stop) for name in names]):
-            failed += "FAIL" in done.result()
-            print(done.result(), flush=True)
-    return failed
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--case", default="", help="part of the name of cases")
-    parser.add_argument("--minutes", type=float, default=7.0)
-    parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--check-one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.check_one:
-        if args.check_one == "addresses":
-            check_addresses()
-        else:
-            case = CHECKS[args.check_one]
-            chunked = patch.object(lists, "PARTIAL_BYTES", case.chunk_bytes)
-            with by_descriptor(case.described), chunked:
-                check_case(case)
-        sys.exit(bool(FAILED))
-    where = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
-    print(where, torch.__version__, triton.__version__, flush=True)
-    names = [name for name in (*CHECKS, "addresses") if args.case in name]
-    failed = check_all(names, args.workers, time.time() + 60 * args.minutes)
-    print(f"{len(names) - failed} of {len(names)} cases without a failure")
-    sys.exit(bool(failed))
+def main(name: str) -> int:
+    if name == "addresses":
+        check_addresses()
+    else:
+        case = CASES[name]
+        chunked = patch.object(lists, "PARTIAL_BYTES", case.chunk_bytes)
+        with by_descriptor(case.described), chunked:
+            check_case(case)
+    return int(bool(FAILED))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1]))

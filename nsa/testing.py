@@ -1,8 +1,8 @@
-"""The judge of every kernel here: the float64 reference.
+"""The judge of every kernel, for tests and benchmarks: the reference in float64.
 
 A kernel may err as much as the reference in the inputs' dtype does, twice over, plus a few rounding
-steps of the largest value. Of ours also: memory that it forgot to write reads as NaN, and a second
-run must give the same bits.
+steps of the largest value. Our own kernels must also write all the memory they return (what they
+forget reads as NaN), and give the same bits in a second run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,7 @@ from nsa import blocks, reference
 from nsa.config import NSAConfig
 
 LOSS = 1e-2  # of importance that rounding may cost a selection
+ALLOCATORS = ("empty", "empty_like")  # of torch, that leave memory as they find it
 
 
 class Verdict(NamedTuple):
@@ -37,6 +38,8 @@ def judge(
     dtype: torch.dtype,
     *,
     strict: bool = True,
+    roundings: float = 4.0,
+    floor: float = 0.5,
 ) -> Verdict:
     """Outputs and gradients of op against those of the oracle in float64.
 
@@ -45,6 +48,11 @@ def judge(
         inputs: floating point; rounded to `dtype` first.
         names: of the outputs and then of the inputs' gradients, separated by blanks.
         strict: poison memory, and ask for the same bits in a second run.
+        roundings: of the largest value, on top of twice the reference's error. Attention needs as
+            many as its largest logit: lse is stored in float32, and probabilities are computed
+            from it again.
+        floor: roundings are of a tensor's largest value, or of this share of the largest of all
+            tensors, where that is more: small gradients are differences of larger numbers.
     """
     with poisoned_empty() if strict else nullcontext():
         got = values_and_gradients(op, inputs, dtype)
@@ -56,8 +64,9 @@ def judge(
     for name, g, e, w in zip(names.split(), got, eager, want, strict=True):
         finite = meaningful(w)
         error, allowed = (largest((x.double() - w)[finite]) for x in (g, e))
-        budget = 2 * allowed + 4 * torch.finfo(g.dtype).eps * max(largest(w), 0.5 * top)
+        budget = 2 * allowed + roundings * torch.finfo(g.dtype).eps * max(largest(w), floor * top)
         good = error <= budget and torch.equal(g.isfinite(), w.isfinite())
+        good &= torch.equal(meaningful(g), finite)
         ok &= good
         ratio = error / max(budget, 1e-30)
         worst = ratio if ratio != ratio else max(worst, ratio)
@@ -68,6 +77,26 @@ def judge(
         ok = False
         words.append("NOT THE SAME TWICE")
     return Verdict(ok, " ".join(words), worst)
+
+
+def assert_no_worse(
+    op: Callable,
+    oracle: Callable,
+    *inputs: Tensor,
+    repeat: bool = False,
+    roundings: float = 4.0,
+) -> None:
+    """`judge` in float32, of every output and every gradient; a second run only with `repeat`.
+
+    Eager float32 may be exact where a kernel rounds once (a window of one token), so the floor is
+    the largest value itself.
+    """
+    outputs = oracle(*inputs)
+    number = len(outputs) if isinstance(outputs, tuple) else 1
+    names = [f"out{i}" for i in range(number)] + [f"d{i}" for i in range(len(inputs))]
+    rules = {"strict": repeat, "roundings": roundings, "floor": 1.0}
+    verdict = judge(op, oracle, inputs, " ".join(names), torch.float32, **rules)
+    assert verdict.ok, f"errors over their budgets: {verdict.text}"
 
 
 def values_and_gradients(
@@ -135,25 +164,26 @@ def judge_selection(
     return Verdict(ok, f"agree {agree:.5f} lost score {lost:.1e}", lost / LOSS), want
 
 
+def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.empty` or its like, whose memory reads as NaN until somebody writes it."""
+
+    def wrapper(*args, **kwargs) -> Tensor:
+        out = allocate(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    return wrapper
+
+
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Memory that a kernel forgot to write reads as NaN."""
-    names = ("empty", "empty_like")
-    allocators = [getattr(torch, name) for name in names]
-
-    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def wrapper(*args, **kwargs) -> Tensor:
-            out = allocate(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        return wrapper
-
+    """Memory that a kernel forgot to write reads as NaN, not as luck."""
+    allocators = [getattr(torch, name) for name in ALLOCATORS]
     try:
-        for name, allocate in zip(names, allocators, strict=True):
+        for name, allocate in zip(ALLOCATORS, allocators, strict=True):
             setattr(torch, name, poisoned(allocate))
         yield
     finally:
-        for name, allocate in zip(names, allocators, strict=True):
+        for name, allocate in zip(ALLOCATORS, allocators, strict=True):
             setattr(torch, name, allocate)
 
 
