@@ -49,7 +49,9 @@ def export(trained: Trained, folder: Path) -> None:
     )
     model = NSAForCausalLM(config)
     model.model.load_state_dict(trained.model.state_dict())
-    model.generation_config = GenerationConfig(pad_token_id=tokenizer.eot)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot
+    )
     draft = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     model.save_pretrained(draft)

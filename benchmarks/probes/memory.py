@@ -38,11 +38,11 @@ class Allocation(NamedTuple):
 def allocations(layout: Layout, tokens: int) -> list[Allocation]:
     """Of a second step, in order."""
     w = Workload(layout, tokens, torch.bfloat16, torch.device("cpu"), "triton")
-    op, inputs, *_ = whole(w)
-    leaves = [x.requires_grad_() for x in inputs]
+    item = whole(w)
+    leaves = [x.requires_grad_() for x in item.inputs]
 
     def step() -> None:
-        out = op(*leaves)
+        out = item.op(*leaves)
         torch.autograd.grad(out, leaves, torch.empty_like(out))
 
     scaled = tuple(size // SCALE for size in lists.PARTIAL_BYTES)
