@@ -26,7 +26,8 @@ from callbacks.throughput import peak_flops_of
 from nsa.attention import SparseAttention, WindowAttention
 from nsa.backends import BACKENDS, resolve_backend
 from nsa.training import cuda_graphs, parallel
-from nsa.training.lightning_module import adamw, label_sums
+from nsa.training.lightning_module import label_sums
+from nsa.training.optimizers import build_optimizer
 from nsa.transformer import Transformer
 
 MODULE = "benchmarks.train_step"
@@ -138,7 +139,7 @@ class Step:
         replays_graphs: bool = False,
     ) -> None:
         self.model, self.device = model.to(device), device
-        self.optimizer = adamw(self.model, **optimizer)
+        self.optimizer = build_optimizer(optimizer, self.model)
         shape = (batch, model.seq_len + 1)
         self.tokens = torch.randint(model.embedding.num_embeddings, shape, device=device)
         self.gradients = cuda_graphs.GradientBuffer(self.model.parameters())

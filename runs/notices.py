@@ -30,7 +30,7 @@ def say_what_changes(
     say_time_left(checkpoint, settings["trainer"].get("max_time"), trainer)
     for state in checkpoint.get("lr_schedulers", ())[:1]:
         before = state["_last_lr"][0]
-        now = settings["optimizer"]["lr"] * module.schedule(step, max_steps=last)
+        now = state["base_lrs"][0] * module.schedule(step, max_steps=last)
         if abs(now - before) > NOTICED * max(now, before):
             log.warning(
                 "the schedule changes: after step %s the learning rate was %.3g, and goes on at "
@@ -58,7 +58,7 @@ def say_time_left(checkpoint: Mapping[str, Any], max_time: Any, trainer: Trainer
 
 def say_warmup(settings: Mapping[str, Any]) -> None:
     """A run that ends inside its warm-up never reaches the learning rate it asks for."""
-    warmup, last = settings["scheduler"]["warmup_steps"], settings["trainer"]["max_steps"]
+    warmup, last = settings["scheduler"].get("warmup_steps", 0), settings["trainer"]["max_steps"]
     if warmup > last > 0:
         log.warning(
             "scheduler.warmup_steps=%s is more than trainer.max_steps=%s: the learning rate ends "

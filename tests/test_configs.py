@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from nsa.attention import SparseAttention
 from nsa.compress_networks import BlockCompressor
 from nsa.config import NSAConfig
-from nsa.training.lightning_module import SCHEDULES, NSALightningModule, adamw
+from nsa.training.lightning_module import NSALightningModule
+from nsa.training.optimizers import OPTIMIZERS, SCHEDULES
 from nsa.transformer import Transformer
 from runs import command_line
 
@@ -139,14 +140,15 @@ def test_everything_in_conf_is_read() -> None:
     parameters = {
         "model": {"name", *inspect.signature(Transformer).parameters},
         "attention": {"compress_network", *inspect.signature(SparseAttention).parameters},
-        "optimizer": {*inspect.signature(adamw).parameters},
     }
     for part, known in parameters.items():
         assert set(cfg[part]) <= known, part
-    for name in options("scheduler"):
-        schedule = composed(f"scheduler={name}").scheduler
-        known = {"name", *inspect.signature(SCHEDULES[schedule.name]).parameters}
-        assert set(schedule) <= known, name
+    for part, builtins in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULES)):
+        assert set(options(part)) == {*builtins, "own"}
+        for name, factory in builtins.items():
+            page = composed(f"{part}={name}")[part]
+            assert page.name == name
+            assert set(page) <= {"name", *inspect.signature(factory).parameters}, name
     module = inspect.signature(NSALightningModule).parameters
     text = "".join(path.read_text() for path in (CONF.parent / "runs").glob("*.py"))
     text += "".join(path.read_text() for path in CONF.rglob("*.yaml"))

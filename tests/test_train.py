@@ -23,15 +23,11 @@ from torch.utils.data import DataLoader, Sampler
 from data.metrics import ACCURACY, BITS_PER_BYTE
 from nsa.training.lightning_module import (
     NSALightningModule,
-    adamw,
-    build_schedule,
-    cosine,
     label_sums,
     micro_batch_seed,
-    parameter_groups,
     seed_generators,
-    wsd,
 )
+from nsa.training.optimizers import adamw, build_schedule, cosine, parameter_groups, wsd
 from nsa.transformer import Transformer
 from runs import run
 from runs.results import FIGURES
@@ -277,7 +273,9 @@ def test_wsd_is_flat_then_falls_in_a_line() -> None:
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"scheduler\.name='linear' must be one of cosine, wsd"):
+    with pytest.raises(
+        ValueError, match=r"scheduler='linear' is unknown: choose one of cosine, wsd"
+    ):
         build_schedule({"name": "linear"})
 
 

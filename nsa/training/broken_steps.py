@@ -22,7 +22,8 @@ def skip_if_broken(optimizer: Optimizer, grad_norm: Float[Tensor, ""]) -> None:
     optimizer reads the answer on the device; for any other the host has to look, and waits.
     """
     broken = ~torch.isfinite(grad_norm)
-    if optimizer.param_groups[0]["fused"]:  # of the checkpoint, where a run goes on
+    # Of the groups, which a checkpoint restores where a run goes on.
+    if all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = broken.float()  # type: ignore[attr-defined]
     elif broken:
         optimizer.zero_grad()  # a parameter without a gradient is passed over

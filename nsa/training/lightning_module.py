@@ -1,12 +1,11 @@
-"""How a Transformer is trained: loss, optimizer, schedule, and what is logged of them.
+"""How a Transformer is trained: the loop around a step, and what is logged of it.
 
 Letters: B batch, T tokens.
 """
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -14,14 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int, Num
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
-from nsa.training import cuda_graphs, parallel
+from nsa.training import cuda_graphs, optimizers, parallel
 from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
 from nsa.transformer import Transformer
 
@@ -47,8 +45,8 @@ class NSALightningModule(L.LightningModule):
 
     Args:
         model: arguments of `Transformer`, and `name`.
-        optimizer: lr, betas, eps, weight_decay, fused (see `adamw`).
-        scheduler: `name` of a schedule in `SCHEDULES`, and its arguments.
+        optimizer: one of `optimizers.OPTIMIZERS` by `name`, or one's own, and its arguments.
+        scheduler: one of `optimizers.SCHEDULES` by `name`, or one's own, and its arguments.
         compile: compile the blocks in place when training starts, and replay micro-batches as CUDA
             graphs; of `parallel.COMPILE`; "auto" is `parallel.resolve_compile`'s.
         activation_checkpointing: what the backward pass recomputes, of `parallel.KEPT`.
@@ -68,7 +66,7 @@ class NSALightningModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.optimizer_options = dict(optimizer)
-        self.schedule = build_schedule(scheduler)
+        self.schedule = optimizers.build_schedule(scheduler)
         parallel.check_compile(compile)
         self.compile_option = compile
         parallel.check_activation_checkpointing(activation_checkpointing)
@@ -204,8 +202,8 @@ class NSALightningModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         self.check_trainer(self.trainer)
-        optimizer = adamw(self.model, **self.optimizer_options)
-        schedule = LambdaLR(optimizer, partial(self.schedule, max_steps=self.trainer.max_steps))
+        optimizer = optimizers.build_optimizer(self.optimizer_options, self.model)
+        schedule = optimizers.scheduled(optimizer, self.schedule, self.trainer.max_steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -217,7 +215,13 @@ class NSALightningModule(L.LightningModule):
         Raises:
             ValueError: naming the option.
         """
-        adamw(self.model, **self.optimizer_options)  # refuses impossible numbers
+        optimizer = optimizers.build_optimizer(self.optimizer_options, self.model)
+        shards = isinstance(trainer.strategy, ModelParallelStrategy)
+        if shards and isinstance(optimizer, optimizers.MuonAdamW):
+            raise ValueError(
+                "optimizer=muon needs whole matrices, and FSDP2 gives each device a part of them: "
+                "use trainer=ddp, or optimizer=adamw"
+            )
         if trainer.max_steps < 1:
             raise ValueError(
                 f"trainer.max_steps={trainer.max_steps}: the schedule needs to know how long the "
@@ -242,7 +246,8 @@ class NSALightningModule(L.LightningModule):
                 f"trainer.gradient_clip_algorithm={trainer.gradient_clip_algorithm}: gradients are "
                 "clipped by their norm; leave it out"
             )
-        if trainer.precision == "16-mixed" and self.optimizer_options["fused"]:
+        unscales_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if trainer.precision == "16-mixed" and unscales_itself:
             raise ValueError(
                 "optimizer.fused=true with trainer.precision=16-mixed would clip gradients before "
                 "they are unscaled: set optimizer.fused=false"
@@ -357,84 +362,3 @@ def seed_generators(seed: int) -> None:
 def micro_batch_seed(seed: int, rank: int, micro_batch: int) -> int:
     """One seed for each micro-batch of each rank."""
     return (seed * 1_000_003 + rank << 32) + micro_batch & (1 << 63) - 1
-
-
-def adamw(
-    model: nn.Module,
-    *,
-    lr: float,
-    betas: Sequence[float],
-    eps: float,
-    weight_decay: float,
-    fused: bool,
-) -> AdamW:
-    """AdamW (arXiv 1711.05101) over `parameter_groups`; `fused`: one kernel for all parameters.
-
-    Raises ValueError for numbers no optimizer can work with.
-    """
-    if not isinstance(lr, int | float) or lr <= 0:
-        raise ValueError(f"optimizer.lr={lr!r} must be a number above 0")
-    if len(betas) != 2:
-        raise ValueError(f"optimizer.betas={list(betas)} must be two numbers")
-    groups = parameter_groups(model, weight_decay)
-    return AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, embeddings, learned positions and memory keys do not.
-
-    A matrix is a parameter of two or more dimensions that its module calls `weight…`, and that is
-    no embedding, tied to a head or not.
-    """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        called_weight = name.rpartition(".")[2].startswith("weight")
-        is_matrix = called_weight and parameter.ndim >= 2 and id(parameter) not in embeddings
-        (decay if is_matrix else no_decay).append(parameter)
-    return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
-
-
-def warmup(step: int, warmup_steps: int) -> float:
-    """Linear from 1/warmup_steps at the first step to 1 at the last of the warm-up."""
-    return min(1.0, (step + 1) / max(1, warmup_steps))
-
-
-def cosine(step: int, *, max_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
-    """Warm-up, then half a cosine from 1 to `min_lr_ratio` at `max_steps`."""
-    done = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    fall = (1 - math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
-    return warmup(step, warmup_steps) * (1 - (1 - min_lr_ratio) * fall)
-
-
-def wsd(
-    step: int, *, max_steps: int, warmup_steps: int, min_lr_ratio: float, decay_fraction: float
-) -> float:
-    """Warm-up, stable, and a linear decay over the last `decay_fraction` of `max_steps`."""
-    decay_steps = decay_fraction * max_steps
-    done = (step - (max_steps - decay_steps)) / max(1.0, decay_steps)
-    fall = min(1.0, max(0.0, done))
-    return warmup(step, warmup_steps) * (1 - (1 - min_lr_ratio) * fall)
-
-
-SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "wsd": wsd}
-
-
-def build_schedule(options: Mapping[str, Any]) -> Callable[..., float]:
-    """The factor of the learning rate as a function of (step, max_steps) alone."""
-    name = options["name"]
-    if name not in SCHEDULES:
-        raise ValueError(f"scheduler.name={name!r} must be one of {', '.join(SCHEDULES)}")
-    warmup_steps = options["warmup_steps"]
-    if not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise ValueError(
-            f"scheduler.warmup_steps={warmup_steps!r} must be a whole number, 0 or more"
-        )
-    for key in ("min_lr_ratio", "decay_fraction"):
-        if not 0 <= options.get(key, 0) <= 1:
-            raise ValueError(f"scheduler.{key}={options[key]} must lie between 0 and 1")
-    return partial(SCHEDULES[name], **{key: options[key] for key in options if key != "name"})
