@@ -56,7 +56,7 @@ def overrides_before(checkpoint: Path, flags: Flags, typed: Typed) -> list[str]:
 def flags_before(checkpoint: Path) -> dict[str, str | bool]:
     """Where the run of a checkpoint had its configs from, besides conf/."""
     run = run_folder(checkpoint)
-    if run is None:
+    if run is None or not (run / ".hydra" / "hydra.yaml").is_file():
         return {}
     hydra = hydra_of(run)
     sources = OmegaConf.select(hydra, "runtime.config_sources") or []
