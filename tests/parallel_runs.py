@@ -30,7 +30,9 @@ from torch.utils.data import DataLoader
 from callbacks.guard import Guard
 from callbacks.step_checkpoint import StepCheckpoint
 from data.metrics import BITS_PER_BYTE
+from nsa.training import cuda_graphs, parallel
 from nsa.training.lightning_module import NSALightningModule
+from nsa.training.replicas import ReplicaStrategy
 from runs import checkpoints, strategies
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +83,8 @@ class Seen(L.Callback):
 def strategy_of(kind: str) -> Strategy | str:
     if kind.startswith("fsdp"):
         return strategies.FSDP2Strategy(save_distributed_checkpoint=kind.endswith("folder"))
+    if kind == "replicas":
+        return ReplicaStrategy()
     return "ddp" if kind == "ddp" else "auto"
 
 
@@ -217,6 +221,14 @@ def broken_shard(folder: Path) -> list[str]:
     return strategies.gathered(message)
 
 
+def replayed(folder: Path) -> dict[str, Any]:
+    """With what a CPU has in place of a graph: the function that it would be recorded from."""
+    cuda_graphs.check_device = lambda device: None
+    cuda_graphs.MicroBatchGraph = lambda learn, batch: learn
+    nn.Module.compile = lambda block: None
+    return fit("replicas", folder, saver(folder), compile=parallel.REPLAYED)
+
+
 BF16 = {"precision": "bf16-mixed", "gradient_clip_val": 0.0}
 NSA = {"depth": 1, "layer_pattern": ["nsa"], "attention": ATTENTION | {"backend": "triton"}}
 TRITON = {"model": NSA, "max_steps": 2, "batch": 2}
@@ -227,6 +239,7 @@ Run = tuple[int, Callable[[Path], Any]]  # how many ranks, what each does
 RUNS: dict[str, Run] = {
     "one": (1, saved("one")),
     "ddp": (2, saved("ddp")),
+    "replicas": (2, replayed),
     "fsdp": (2, saved("fsdp")),
     "fsdp_folder": (2, saved("fsdp_folder")),
     "fsdp_full": (2, trained("fsdp", activation_checkpointing="full")),

@@ -26,7 +26,17 @@ from runs import strategies
 
 MODES = ("none", "full", "selective")
 RUNS = (
-    *("one", "ddp", "fsdp", "fsdp_full", "ddp_bf16", "fsdp_bf16", "dense", "dense_compiled"),
+    *(
+        "one",
+        "ddp",
+        "replicas",
+        "fsdp",
+        "fsdp_full",
+        "ddp_bf16",
+        "fsdp_bf16",
+        "dense",
+        "dense_compiled",
+    ),
     *("triton", "triton_fsdp_compiled", "broken_shard"),
 )
 
@@ -119,12 +129,12 @@ def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
         assert got["steps"][step] == pytest.approx(numbers, abs=1e-6, rel=1e-6), step
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_full"])
+@pytest.mark.parametrize("kind", ["ddp", "replicas", "fsdp", "fsdp_full"])
 def test_two_processes_learn_what_one_learns(runs: dict[str, Any], kind: str) -> None:
     assert_same(runs[kind], runs["one"])
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "replicas", "fsdp"])
 def test_two_processes_evaluate_what_one_evaluates(runs: dict[str, Any], kind: str) -> None:
     """After training: Lightning configures the model a second time."""
     assert runs[kind]["val/loss"] == pytest.approx(runs["one"]["val/loss"], rel=1e-6)

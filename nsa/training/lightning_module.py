@@ -6,6 +6,7 @@ Letters: B batch, T tokens.
 import math
 import random
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int, Num
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -143,6 +144,7 @@ class NSALightningModule(L.LightningModule):
         if self._learn_at_once is None:
             self._gradients = cuda_graphs.GradientBuffer(self.parameters())
             self._gradients.zero()
+            rank_zero_info("compiling a micro-batch, and recording it as a CUDA graph")
             try:
                 self._learn_at_once = cuda_graphs.MicroBatchGraph(self._learn, batch)
             except torch.OutOfMemoryError:
@@ -266,7 +268,10 @@ class NSALightningModule(L.LightningModule):
     # Evaluation: exact means over every scored label of a split, over all ranks
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
+        # What is tried before training must not compile programs that it has no use for yet.
+        trying = self.trainer.sanity_checking
+        with torch.compiler.set_stance("force_eager") if trying else nullcontext():
+            self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch)
