@@ -152,24 +152,25 @@ class Item:
     unchecked: str = ""  # why there are no checks
 
 
+def nsa(
+    w: Workload, backend: str, inputs: Sequence[Tensor], indices: Tensor | None = None
+) -> Tensor:
+    """From projected heads to the gated sum; without `indices` the backend selects its own."""
+    gates, q, q_rot, k, v, *rotated = inputs
+    means = BACKENDS[backend].block_means
+    compressed = means(k, w.cfg), means(v, w.cfg)
+    projected = Projected(q, *compressed, None, None, q_rot, *rotated, gates)
+    return gated_attention(projected, w.cfg, backend=backend, block_indices=indices)
+
+
 def whole(w: Workload) -> Item:
-    """From projected heads to the gated sum.
-
-    Judged with the blocks it selects itself: a tie that falls otherwise is no error.
-    """
-
-    def nsa(backend: str, inputs: Sequence[Tensor], indices: Tensor | None = None) -> Tensor:
-        gates, q, q_rot, k, v, *rotated = inputs
-        means = BACKENDS[backend].block_means
-        compressed = means(k, w.cfg), means(v, w.cfg)
-        projected = Projected(q, *compressed, None, None, q_rot, *rotated, gates)
-        return gated_attention(projected, w.cfg, backend=backend, block_indices=indices)
+    """`nsa`, judged with the blocks it selects itself: a tie that falls otherwise is no error."""
 
     def op(*inputs: Tensor) -> Tensor:
-        return nsa(w.backend, inputs)
+        return nsa(w, w.backend, inputs)
 
     def oracle(*inputs: Tensor) -> Tensor:
-        return nsa("reference", inputs, w.indices)
+        return nsa(w, "reference", inputs, w.indices)
 
     inputs = (w.gates, w.q, w.q_rot, *w.keys_and_values)
     names = "out dgates dq dq_rot dk_cmp dv_cmp dk_slc dv_slc dk_win dv_win"

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.probes.host_overhead import no_gpu
-from benchmarks.workloads import LAYOUTS, Layout, Workload, whole
+from benchmarks.workloads import LAYOUTS, Layout, Workload, nsa
 from nsa.kernels.block_order import lists
 from nsa.testing import loop_order
 
@@ -38,11 +38,10 @@ class Allocation(NamedTuple):
 def allocations(layout: Layout, tokens: int) -> list[Allocation]:
     """Of a second step, in order."""
     w = Workload(layout, tokens, torch.bfloat16, torch.device("cpu"), "triton")
-    item = whole(w)
-    leaves = [x.requires_grad_() for x in item.inputs]
+    leaves = [x.requires_grad_() for x in (w.gates, w.q, w.q_rot, *w.keys_and_values)]
 
     def step() -> None:
-        out = item.op(*leaves)
+        out = nsa(w, w.backend, leaves)
         torch.autograd.grad(out, leaves, torch.empty_like(out))
 
     scaled = tuple(size // SCALE for size in lists.PARTIAL_BYTES)
