@@ -169,7 +169,9 @@ def stream(
     """Yield the next token of every sequence, at most `num_new` times.
 
     A sequence that has drawn one of `stop_tokens` yields `ENDED` from then on; the stream ends when
-    all have. `seed` gives the draws random numbers of their own; None takes torch's.
+    all have. A model with a layer that has no cache is asked for its whole context at every token,
+    as without `use_cache_kv`: the same tokens, slower. `seed` gives the draws random numbers of
+    their own; None takes torch's.
     See `Context` for what happens beyond the model's length.
     """
     device = next(model.parameters()).device
@@ -178,7 +180,7 @@ def stream(
     capacity = min(capacity, max(map(len, context.rows)) + num_new)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     source: Decoder | Recomputer = Recomputer(model)
-    if use_cache_kv:
+    if use_cache_kv and model.has_cache:
         source = Decoder(model, batch, capacity, graph=device.type == "cuda" and num_new > 8)
     running = [True] * batch
     ids, counts = context.batch(device)

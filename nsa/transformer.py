@@ -235,6 +235,12 @@ class Transformer(nn.Module):
         logits = self.head(self.norm(tokens))
         return (logits, cache) if return_cache else logits
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether every layer can decode with a cache; one's own kind need not have one."""
+        none = AttentionLayer.empty_cache
+        return all(type(block.attention).empty_cache is not none for block in self.blocks)
+
     def empty_cache(self, batch: int, capacity: int) -> ModelCache:
         """A cache of no tokens, with room for `capacity` each of `batch` sequences."""
         return ModelCache([block.attention.empty_cache(batch, capacity) for block in self.blocks])

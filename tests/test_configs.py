@@ -25,7 +25,8 @@ KINDS = ("nsa", "dense", "window")
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """The choices of a group; base is what others are made of."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml") if p.stem != "base")
 
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -138,7 +139,7 @@ def test_everything_in_conf_is_read() -> None:
     """Options are arguments of functions; what else there is, train.py or another entry reads."""
     cfg = composed()
     parameters = {
-        "model": {"name", *inspect.signature(Transformer).parameters},
+        "model": {"name", "weights", *inspect.signature(Transformer).parameters},
         "attention": {"compress_network", *inspect.signature(SparseAttention).parameters},
     }
     for part, known in parameters.items():
