@@ -151,6 +151,8 @@ def check_memory(model: Any, batch: int, seq_len: int, device: Any) -> str:
 
     import torch
 
+    if not model.has_cache:
+        return "no cache: a layer kind has none, so every token reads the whole context again"
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
