@@ -110,30 +110,8 @@ class AttentionPool(nn.Module):
         self.position_scores = nn.Parameter(torch.zeros(compress_window_size, dim_head))
 
     def forward(self, windows: Float[Tensor, "b h w n d"]) -> Float[Tensor, "b h w d"]:
-        return self._pool(windows, self.to_scores(windows) + self.position_scores)
-
-    def of_blocks(
-        self,
-        x: Float[Tensor, "B T G D"],
-        positions: Float[Tensor, "G 1 l D"] | None,
-        cfg: NSAConfig,
-    ) -> Float[Tensor, "B G C D"]:
-        """`forward` of every block of x with `positions` added, each token scored once.
-
-        Blocks overlap, and the scores of a sum are the sum of scores: W (x + p) = W x + W p.
-        """
-        scores = blocks.compress_windows(self.to_scores(x), cfg)
-        windows = blocks.compress_windows(x, cfg)
-        if positions is None:
-            return self._pool(windows, scores + self.position_scores)
-        of_place = self.to_scores(positions) + self.position_scores
-        return self._pool(windows + positions.to(x.dtype), scores + of_place)
-
-    @staticmethod
-    def _pool(
-        windows: Float[Tensor, "b h w n d"], scores: Float[Tensor, "b h w n d"]
-    ) -> Float[Tensor, "b h w d"]:
-        return reduce(scores.softmax(dim=-2) * windows, "b h w n d -> b h w d", "sum")
+        weights = (self.to_scores(windows) + self.position_scores).softmax(dim=-2)
+        return reduce(weights * windows, "b h w n d -> b h w d", "sum")
 
 
 class CompressTransformer(nn.Module):
@@ -291,9 +269,6 @@ class BlockCompressor(nn.Module):
             if self.positions is None:
                 return means
             return means + reduce(self.positions, "G 1 l D -> G D", "mean").to(x.dtype)
-        if type(self.network) is AttentionPool:
-            pooled = self.network.of_blocks(x, self.positions, self.cfg)
-            return rearrange(pooled, "B G C D -> B C G D")
         windows = blocks.compress_windows(x, self.cfg)
         if self.positions is not None:
             windows = windows + self.positions.to(x.dtype)

@@ -252,23 +252,3 @@ def test_under_autocast_keys_keep_their_dtype(name: str) -> None:
     compressor = BlockCompressor(NETWORKS[name], CFG, HEADS, D, positions=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert compressor(torch.randn(1, 20, HEADS, D).bfloat16()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("positions", [True, False])
-def test_scoring_each_token_once_is_scoring_every_block(positions: bool) -> None:
-    """The values and all gradients that the network alone gives for windows."""
-    compressor = randomise(
-        BlockCompressor(AttentionPool(D, L), CFG, HEADS, D, positions=positions)
-    ).double()
-    x = torch.randn(2, 23, HEADS, D, dtype=torch.double, requires_grad=True)
-    windows = blocks.compress_windows(x, CFG)
-    if compressor.positions is not None:
-        windows = windows + compressor.positions
-    want = compressor.network(windows).transpose(1, 2)
-    got, weight = compressor(x), torch.randn_like(want)
-    torch.testing.assert_close(got, want)
-    inputs = [x, *compressor.parameters()]
-    torch.testing.assert_close(
-        torch.autograd.grad((got * weight).sum(), inputs),
-        torch.autograd.grad((want * weight).sum(), inputs),
-    )
