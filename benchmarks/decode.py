@@ -317,6 +317,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     batches = sorted({r["batch"] for r in rows if r["op"] == "nsa"})
     figure, axes = plt.subplots(1, len(batches), figsize=(4 * len(batches), 3.2), squeeze=False)
@@ -328,8 +329,15 @@ def draw(rows: list[dict], path: Path) -> None:
                     best[r["tokens"]] = min(best.get(r["tokens"], float("inf")), r["forward_ms"])
             contexts = sorted(best)
             axis.loglog(contexts, [best[c] for c in contexts], "o-", label=label)
+        shown = sorted({r["tokens"] for r in rows if r["op"] == "nsa" and r["batch"] == batch})
+        axis.set_xticks(shown, [f"{tokens // 1024}k" for tokens in shown], minor=False)
+        axis.set_xticks([], minor=True)
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(ScalarFormatter())
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.set(title=f"batch {batch}", xlabel="context, tokens", ylabel="ms a step")
-        axis.legend()
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
     figure.suptitle(f"One attention layer's decoding step, {H}/{G} heads of {D}, bfloat16")
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -10,14 +10,14 @@ def rotary_angles(
     dim_head: int,
     *,
     base: float = 10_000.0,
-    offset: int = 0,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "T half"]:
-    """Angles in radians of positions offset, offset + 1, …; always float32.
+    """Angles in radians of positions 0, 1, …; always float32.
 
     Computed afresh, not kept in a buffer, so that no cast of a model rounds them.
     """
-    return angles_at(torch.arange(offset, offset + num_tokens, device=device), dim_head, base=base)
+    positions = torch.arange(num_tokens, device=device, dtype=torch.float32)
+    return positions[:, None] * rotary_frequencies(dim_head, base=base, device=device)
 
 
 def angles_at(

@@ -22,7 +22,7 @@ from nsa.compress_networks import (
     GroupedMLP,
     MeanPool,
 )
-from nsa.rotary import rotary_angles, rotate
+from nsa.rotary import angles_at, rotary_angles, rotate
 
 DIM, D, H, G = 24, 8, 4, 2
 SIZES = {
@@ -435,7 +435,7 @@ def test_rotation_depends_on_distance_alone() -> None:
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
     assert scores[0].std() > 0.01
-    torch.testing.assert_close(rotary_angles(5, D, offset=15), angles[15:])
+    torch.testing.assert_close(angles_at(torch.arange(15, 20), D), angles[15:])
     assert rotate(q.bfloat16(), angles).dtype == torch.bfloat16
     assert rotate(q.double(), angles).dtype == torch.float64
     torch.testing.assert_close(rotate(q, angles).norm(dim=-1), q.norm(dim=-1))
