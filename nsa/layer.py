@@ -43,7 +43,9 @@ def like_keys(attn: Any, batch: int) -> Float[Tensor, "B 0 G D"]:
     dtype = weight.dtype
     if torch.is_autocast_enabled(weight.device.type):
         dtype = torch.get_autocast_dtype(weight.device.type)
-    return weight.new_empty(batch, 0, attn.kv_heads, attn.dim_head, dtype=dtype)
+    # Not weight.new_empty: a sharded weight would make a sharded cache.
+    shape = batch, 0, attn.kv_heads, attn.dim_head
+    return torch.empty(shape, dtype=dtype, device=weight.device)
 
 
 def check_heads(heads: int, kv_heads: int | None, dim_head: int) -> int:
