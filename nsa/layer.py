@@ -4,6 +4,7 @@ A layer maps tokens [B T M] to tokens [B T M], norms its own input, and is built
 `Transformer`'s sizes and options that its constructor names.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from nsa.cache import LayerCache
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(nn.Module, ABC):
     """Base of the layer kinds.
 
     A subclass sets `heads` and `dim_head`, ends in the linear layer `to_out` (whose start shrinks
@@ -24,17 +25,24 @@ class AttentionLayer(nn.Module):
     dim_head: int
     to_out: nn.Linear
 
+    @abstractmethod
     def keys_per_query(self, num_tokens: int) -> dict[str, Int[Tensor, " T"]]:
         """How many keys every query of a sequence reads, by the name of the branch."""
-        raise NotImplementedError(f"{type(self).__name__} has no keys_per_query(num_tokens)")
 
     def compress_flops(self, num_tokens: int) -> float:
         """What the forward pass spends on compressing keys and values; 0 for most layers."""
         return 0.0
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
-        """A cache of no tokens; a layer that has one takes it in `forward`, for decoding."""
-        raise NotImplementedError(f"{type(self).__name__} has no cache: it cannot decode with one")
+        """A cache of no tokens; a layer that has one takes it in `forward`, for decoding.
+
+        Raises:
+            ValueError: where a layer kind has none (`Transformer.has_cache`).
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no cache: sample with use_cache_kv=False, or give the "
+            "layer kind an empty_cache(batch, capacity)"
+        )
 
 
 def like_keys(attn: Any, batch: int) -> Float[Tensor, "B 0 G D"]:

@@ -100,7 +100,8 @@ class RecallDataModule(TokenDataModule):
         return dict(self.identity)
 
     def build(self, folder: Path) -> None:
-        raise NotImplementedError("a task is made on the fly")
+        """Never called: `prepare_data` makes no shards, since samples are made on the fly."""
+        raise AssertionError("a task has no shards to build")
 
     def prepare_data(self, verify: bool = True) -> None:
         """Tasks in text prepare it; the others need nothing."""

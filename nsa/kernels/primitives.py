@@ -124,6 +124,6 @@ def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(
             f"dtypes {sorted(map(str, dtypes))}: kernels multiply tensors of one dtype, float32, "
-            "bfloat16 or float16; cast them, run under autocast, or use backend='reference'"
+            "bfloat16 or float16; cast them, run under autocast, or use backend='torch'"
         )
     return tuple(x.contiguous() for x in tensors)

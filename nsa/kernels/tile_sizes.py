@@ -185,7 +185,7 @@ def table_tile(problem: Problem) -> Tile:
     """The table's tile, shrunk until its operands fit the shared memory of a smaller GPU."""
     if problem.width > 256:
         wide = max(problem.D, problem.DV)
-        raise ValueError(f"head dimension {wide} is above 256: use backend='reference'")
+        raise ValueError(f"head dimension {wide} is above 256: use backend='torch'")
     table = TILES_FLOAT32 if problem.dtype.itemsize == 4 else TILES
     tile = next(row.tile for row in table[problem.kernel] if row.holds(problem))
     while not fits(problem, tile):
