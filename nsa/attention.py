@@ -26,6 +26,7 @@ from nsa.importance import RULES, Rule
 from nsa.layer import AttentionLayer, check_heads, check_tokens, like_keys
 from nsa.plugins import Spec, find
 from nsa.rotary import rotary_angles
+from nsa.selection import check_selection, control_blocks
 from nsa.twins import Attention, WindowAttention
 
 __all__ = ["Attention", "SparseAttention", "WindowAttention"]
@@ -62,6 +63,10 @@ class SparseAttention(AttentionLayer):
         gate_bias: initial bias of the gate logits: one number, or one each for compressed,
             selected, sliding.
         rope_base: base of the rotary embedding of the selected and sliding branches.
+        selection: who chooses the blocks: "learned", or a control of `nsa.selection`. The oracle
+            scores every query against every key: for short sequences.
+        selection_seed: of the random selection where the layer does not train. A `Transformer`
+            gives each layer its own; in training every step draws anew.
 
     Raises:
         ValueError: for sizes `NSAConfig` refuses, for options that exclude one another or that the
@@ -96,8 +101,13 @@ class SparseAttention(AttentionLayer):
         compressed_output: bool = True,
         gate_bias: float | Sequence[float] = 0.0,
         rope_base: float = 10_000.0,
+        selection: str = "learned",
+        selection_seed: int = 0,
     ) -> None:
         super().__init__()
+        self.selection, self.selection_seed = check_selection(selection), selection_seed
+        if selection == "none":
+            num_selected_blocks = 0
         self.cfg = NSAConfig(
             sliding_window_size=sliding_window_size,
             compress_block_size=compress_block_size,
@@ -184,7 +194,8 @@ class SparseAttention(AttentionLayer):
 
     def gated_sum(self, x: Projected) -> Float[Tensor, "B T H D"]:
         """The branches, weighed by their gates (eq. 5)."""
-        return gated_attention(x, self.cfg, **self._rules)
+        known = control_blocks(self, x.q_rot, x.k_slc)
+        return gated_attention(x, self.cfg, block_indices=known, **self._rules)
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """A cache of no tokens, with room for `capacity` each of `batch` sequences."""
@@ -196,7 +207,9 @@ class SparseAttention(AttentionLayer):
         check_tokens(tokens, self.to_q.in_features)
         if cache is not None:
             return decoding.sparse_branches(self, tokens, cache)
-        return attend_branches(self._project(tokens), self.cfg, **self._rules)
+        x = self._project(tokens)
+        known = control_blocks(self, x.q_rot, x.k_slc)
+        return attend_branches(x, self.cfg, block_indices=known, **self._rules)
 
     @property
     def _rules(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from nsa.cache import LayerCache, recall
 from nsa.config import NSAConfig
 from nsa.heads import Branches, Heads
 from nsa.rotary import angles_at, rotary_frequencies, rotate
+from nsa.selection import control_blocks
 
 # Queries, keys and values of a layer's new tokens, which stand where a function of their number
 # says; None: at 0, 1, …
@@ -49,7 +50,8 @@ def sparse_attention(
         write_compressed(cache, x.k_cmp, x.v_cmp)
         cache.advance(tokens.shape[1], counts)
         return attn.gated_sum(x)
-    if BACKENDS[attn.backend].cached_attention is not None:
+    by_kernels = BACKENDS[attn.backend].cached_attention is not None
+    if by_kernels and attn.selection in ("learned", "none"):
         make_room(cache, tokens.shape[1], causal=attn.cfg.causal)
         return attend_by_kernels(attn, attn.split_heads(tokens), cache, counts)
     compressed, selected, sliding, gates, _ = sparse_branches(attn, tokens, cache, counts)
@@ -157,13 +159,14 @@ def sparse_branches(
     compressed, lse = reference.compressed_attention(q, k_cmp, v_cmp, cfg, *attn.memory(q), **at)
     if not attn.compressed_output:
         compressed = torch.zeros_like(q)
-    indices = reference.select_blocks(q, k_cmp, lse, cfg, attn.shared_selection, **at)
-    selected = torch.zeros_like(q)
-    if cfg.num_selected_blocks:
-        k_slc, v_slc = (x[:, :num_tokens] for x in cache["selected"])
-        selected = reference.selected_attention(
-            q_rot, k_slc, v_slc, indices, cfg, positions=positions
-        )
+    if not cfg.num_selected_blocks:
+        indices = reference.select_blocks(q, k_cmp, lse, cfg, attn.shared_selection, **at)
+        return Branches(compressed, torch.zeros_like(q), sliding, heads.gates, indices)
+    k_slc, v_slc = (x[:, :num_tokens] for x in cache["selected"])
+    indices = control_blocks(attn, q_rot, k_slc, positions=positions)
+    if indices is None:
+        indices = reference.select_blocks(q, k_cmp, lse, cfg, attn.shared_selection, **at)
+    selected = reference.selected_attention(q_rot, k_slc, v_slc, indices, cfg, positions=positions)
     return Branches(compressed, selected, sliding, heads.gates, indices)
 
 

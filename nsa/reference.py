@@ -122,7 +122,7 @@ def block_importance(
     visible = for_all_heads(blocks.compress_visible(num_tokens, cfg, q.device, positions))
     overlap = blocks.block_overlap(num_tokens, cfg, q.device).to(scores)
     rule = RULES[cfg.importance] if isinstance(cfg.importance, str) else cfg.importance
-    with _full_precision(q.device.type):  # a ranking hangs on these sums
+    with full_precision(q.device.type):  # a ranking hangs on these sums
         importance = rule(scores, lse, visible, overlap)
     return rearrange(importance, "B J T S -> B T J S")
 
@@ -252,7 +252,7 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _full_precision(device_type: str) -> AbstractContextManager:
+def full_precision(device_type: str) -> AbstractContextManager:
     """Keeps autocast away from float32 products; a device without autocast needs no keeping."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else nullcontext()

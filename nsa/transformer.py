@@ -74,6 +74,7 @@ def sparse_attention(
     heads: int,
     kv_heads: int,
     attention: Mapping[str, Any],
+    layer: int,
 ) -> SparseAttention:
     """An NSA layer from `Transformer`'s argument `attention`, which names its φ."""
     phi = build_compress_network(
@@ -83,7 +84,8 @@ def sparse_attention(
         compress_block_size=attention["compress_block_size"],
         expand_factor=attention["compress_mlp_expand_factor"],
     )
-    options = {name: value for name, value in attention.items() if name != "compress_network"}
+    options: dict[str, Any] = {"selection_seed": layer} | dict(attention)
+    del options["compress_network"]
     return SparseAttention(dim, dim_head, heads, kv_heads=kv_heads, compress_mlp=phi, **options)
 
 
@@ -99,7 +101,8 @@ def build_layer(kind: Spec, **known: Any) -> AttentionLayer:
     """The attention of one layer: of `LAYER_KINDS`, or one's own (see `nsa.plugins`, `nsa.layer`).
 
     Its constructor is given what it has parameters for of `dim`, `dim_head`, `heads`, `kv_heads`,
-    `output_gate`, the options of `attention` by their names, and `attention` itself.
+    `output_gate`, `layer` (its number), the options of `attention` by their names, and `attention`
+    itself.
 
     Raises:
         ValueError: if there is no such kind, or if it is no `AttentionLayer`.
@@ -179,11 +182,11 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(
             Block(
-                build_layer(kind, **known),
+                build_layer(kind, layer=layer, **known),
                 FeedForward(dim, feed_forward_expand),
                 dropout,
             )
-            for kind in islice(cycle(layer_pattern), depth)
+            for layer, kind in enumerate(islice(cycle(layer_pattern), depth))
         )
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)

@@ -54,6 +54,8 @@ OPTIONS = {
     "logit mean": {"importance": "logit_mean"},
     "logit mean with gates": {"importance": "logit_mean", "use_diff_topk": True},
     "shared keys": {"kv_per_branch": False},
+    "random selection": {"selection": "random"},
+    "oracle": {"selection": "oracle"},
     "gate bias": {"gate_bias": [-2.0, -2.0, 2.0]},
     "slow rotation": {"rope_base": 500.0},
     "scores by gates": {"compressed_output": False, "use_diff_topk": True},
@@ -69,7 +71,7 @@ LENGTHS = (1, 17, 64, 100)
 def build(seed: int = 0, **options) -> SparseAttention:
     """The module with every parameter drawn at random, so that no zero hides an error."""
     torch.manual_seed(seed)
-    attn = SparseAttention(**(SIZES | options)).double()
+    attn = SparseAttention(**(SIZES | options)).double().eval()
     return randomise(attn)
 
 
@@ -187,6 +189,9 @@ CHANGING = [  # options that leave the parameters as they are, so that two modul
     {"compress_mlp_expand_factor": 0.5},
     {"strategy_combine_mlp": nn.Linear(DIM, 3 * H, bias=False)},
     {"rope_base": 100.0},
+    {"selection": "random"},
+    {"selection": "oracle"},
+    {"selection": "none"},
 ]
 
 
@@ -271,6 +276,7 @@ def test_branches_that_are_off_give_zero() -> None:
         ({"dim_head": 7}, "dim_head=7 must be even"),
         ({"selection_block_size": 10}, "selection_block_size=10 must be a multiple of"),
         ({"backend": "cuda"}, "backend='cuda' is unknown"),
+        ({"selection": "best"}, "selection='best' must be one of learned, random, oracle, none"),
         ({"backend": "flex", "use_diff_topk": True}, "backend='flex' does not cover use_diff_topk"),
         ({"gate_bias": [0.0, 1.0]}, "gate_bias=.* must be one number, or three"),
         (

@@ -86,8 +86,8 @@ def test_auto_replays_graphs_where_there_are_any() -> None:
     [
         ({}, {}, None),
         ({}, {"recomputes": True}, None),
-        ({}, {"dropout": 0.1}, None),
-        ({}, {"recomputes": True, "dropout": 0.1}, "activation_checkpointing with dropout"),
+        ({}, {"draws": True}, None),
+        ({}, {"recomputes": True, "draws": True}, "activation_checkpointing with dropout"),
         ({"strategy": ReplicaStrategy(), "devices": 2}, {}, None),
         ({"strategy": DDPStrategy(), "devices": 2}, {}, "hooks of DDPStrategy"),
         ({"strategy": FSDP2Strategy(), "devices": 2}, {}, "hooks of FSDP2Strategy"),
@@ -95,14 +95,14 @@ def test_auto_replays_graphs_where_there_are_any() -> None:
 )
 def test_what_keeps_steps_from_being_replayed(tmp_path, options, asked, why) -> None:
     trainer = make_trainer(tmp_path, **options)
-    found = cuda_graphs.obstacle(trainer, **{"recomputes": False, "dropout": 0.0} | asked)
+    found = cuda_graphs.obstacle(trainer, **{"recomputes": False, "draws": False} | asked)
     assert (found is None) if why is None else (found is not None and why in found)
 
 
 def test_a_scaled_loss_is_not_replayed(tmp_path: Path, monkeypatch) -> None:
     trainer = make_trainer(tmp_path)
     monkeypatch.setattr(trainer.precision_plugin, "scaler", object(), raising=False)
-    found = cuda_graphs.obstacle(trainer, recomputes=False, dropout=0.0)
+    found = cuda_graphs.obstacle(trainer, recomputes=False, draws=False)
     assert found is not None and "scales the loss" in found
 
 

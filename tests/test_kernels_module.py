@@ -29,6 +29,8 @@ OPTIONS = {
     "acausal": {"causal": False, "importance": "logit_mean"},
     "no selection": {"num_selected_blocks": 0},
     "mean pool": {"compress_mlp": MeanPool()},
+    "random selection": {"selection": "random"},
+    "oracle": {"selection": "oracle"},
 }
 
 
@@ -42,7 +44,7 @@ def both(build, num_tokens: int, dtype: torch.dtype) -> list[list[torch.Tensor]]
     tokens = torch.randn(1, num_tokens, 32)
     upstream = torch.randn(1, num_tokens, 32)
     results = []
-    for attend in (module, judge):
+    for attend in (module.eval(), judge.eval()):
         kind = next(attend.parameters()).dtype
         x = tokens.to(kind).requires_grad_()
         out = attend(x)

@@ -109,7 +109,7 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def obstacle(trainer: L.Trainer, *, recomputes: bool, dropout: float) -> str | None:
+def obstacle(trainer: L.Trainer, *, recomputes: bool, draws: bool) -> str | None:
     """Why a trainer's steps cannot be replayed as graphs; None where they can."""
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | ReplicaStrategy):
@@ -118,6 +118,9 @@ def obstacle(trainer: L.Trainer, *, recomputes: bool, dropout: float) -> str | N
         return f"precision={trainer.precision} scales the loss by a number that the host changes"
     if torch.is_anomaly_enabled():
         return "trainer.detect_anomaly=true looks at every operation"
-    if recomputes and dropout:
-        return "activation_checkpointing with dropout asks the host for the random state"
+    if recomputes and draws:
+        return (
+            "activation_checkpointing with dropout or with attention.selection=random asks the "
+            "host for the random state"
+        )
     return None

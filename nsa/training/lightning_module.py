@@ -130,8 +130,11 @@ class NSALightningModule(L.LightningModule):
 
     def _ask_for_graphs(self) -> None:
         recomputes = self.activation_checkpointing != "none"
-        dropout = max(block.dropout.p for block in self.model.blocks)
-        why = cuda_graphs.obstacle(self.trainer, recomputes=recomputes, dropout=dropout)
+        draws = any(
+            block.dropout.p or getattr(block.attention, "selection", None) == "random"
+            for block in self.model.blocks
+        )
+        why = cuda_graphs.obstacle(self.trainer, recomputes=recomputes, draws=draws)
         self.replays_graphs = why is None
         if why is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._say_not_replayed(why)

@@ -1,0 +1,130 @@
+"""Controls: selections that nothing has learned, to compare the learned one with.
+
+    learned  the blocks of highest importance (eq. 8-11), by `ops.select_blocks`
+    random   any blocks that have begun, drawn anew for every query
+    oracle   the blocks that hold most of the attention a query would pay if it saw all keys
+    none     the selected branch is off
+
+All of them keep n blocks, the forced ones first (`blocks.priority`), so that only the free choices
+differ. Letters as in `nsa.reference`.
+"""
+
+from typing import Any
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa import blocks, reference
+from nsa.config import NSAConfig
+
+SELECTIONS = ("learned", "random", "oracle", "none")
+LOW_BITS = (1 << 32) - 1
+
+
+def check_selection(selection: str) -> str:
+    """Raises ValueError for an unknown name."""
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection={selection!r} must be one of {', '.join(SELECTIONS)}")
+    return selection
+
+
+def control_blocks(
+    attn: Any,
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B K G D"],
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "B T J N"] | None:
+    """The blocks of a `SparseAttention` whose selection is a control; None where it is learned.
+
+    Args:
+        q, k: rotated queries and keys of the selected branch.
+        positions: where the queries stand; None: at each of the K tokens.
+    """
+    cfg, shared = attn.cfg, attn.shared_selection
+    if attn.selection == "oracle":
+        return oracle_blocks(q, k, cfg, shared, positions=positions)
+    if attn.selection != "random":
+        return None
+    seeds = torch.full((len(q),), attn.selection_seed, device=q.device)
+    if attn.training:
+        seeds = torch.randint(1 << 31, (len(q),), device=q.device)
+    heads = k.shape[2] if shared else q.shape[2]
+    return random_blocks(seeds, heads, k.shape[1], cfg, positions=positions)
+
+
+def random_blocks(
+    seeds: Int[Tensor, " B"],
+    heads: int,
+    num_tokens: int,
+    cfg: NSAConfig,
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "B T J N"]:
+    """Blocks by numbers that depend on seed, query, head and block alone, on any device.
+
+    Args:
+        seeds: one a sequence.
+        heads: J, how many choose.
+        num_tokens: how many tokens there are to look at.
+        positions: where the queries stand; None: at each token.
+    """
+    t = blocks.query_positions(num_tokens, seeds.device, positions)
+    j = torch.arange(heads, device=t.device)
+    s = torch.arange(blocks.num_selection_blocks(num_tokens, cfg), device=t.device)
+    drawn = mixed(seeds[:, None] + mixed(t + 1))  # [B T]
+    drawn = mixed(mixed(drawn[..., None] + j)[..., None] + s)  # [B T J S]
+    return reference.top_blocks(drawn.double(), cfg, positions=positions, num_tokens=num_tokens)
+
+
+def mixed(x: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
+    """A hash of the low 32 bits of whole numbers: every bit depends on every other one."""
+    x = x & LOW_BITS
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & LOW_BITS
+    return (x >> 16) ^ x
+
+
+@torch.no_grad()
+def oracle_blocks(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B K G D"],
+    cfg: NSAConfig,
+    shared: bool = True,
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "B T J N"]:
+    """The blocks of the largest `attention_mass`."""
+    mass = attention_mass(q, k, cfg, shared, positions=positions)
+    return reference.top_blocks(mass, cfg, positions=positions, num_tokens=k.shape[1])
+
+
+def attention_mass(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B K G D"],
+    cfg: NSAConfig,
+    shared: bool = True,
+    *,
+    positions: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T J S"]:
+    """The probability that dense attention over all visible keys gives to each selection block.
+
+    Summed over the query heads of a group if they share their selection. It has a score for every
+    query and key: for short sequences, or a few queries at `positions`.
+    """
+    num_tokens = k.shape[1]
+    with reference.full_precision(q.device.type):
+        at_least_float32 = torch.promote_types(q.dtype, torch.float32)
+        scores = reference.scaled_scores(q.to(at_least_float32), k.to(at_least_float32))
+        if cfg.causal:
+            seen = blocks.causal(num_tokens, q.device, positions)
+            scores = scores.masked_fill(~reference.for_all_heads(seen), float("-inf"))
+        probs = scores.softmax(dim=-1)
+    if shared:
+        probs = reduce(probs, "B G R T K -> B G 1 T K", "sum")
+    probs = rearrange(probs, "B G R T K -> B T (G R) K")
+    own = blocks.own_block(num_tokens, cfg, q.device)
+    mass = probs.new_zeros(*probs.shape[:-1], blocks.num_selection_blocks(num_tokens, cfg))
+    return mass.index_add(-1, own, probs)
