@@ -159,8 +159,7 @@ class SparseAttention(AttentionLayer):
         check_folds(phi, groups, cfg.compress_block_size, width)
         # Compressed keys that only rank blocks have no gradient: no positions then.
         learns = self.compressed_output or self.use_diff_topk
-        means = partial(ops.block_means, backend=self.backend)
-        build = partial(BlockCompressor, phi, cfg, groups, width, means=means)
+        build = partial(BlockCompressor, phi, cfg, groups, width, backend=self.backend)
         self.compress_k = build(positions=learns)
         self.compress_v = self.mem_k = self.mem_v = None
         if self.compressed_output:

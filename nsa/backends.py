@@ -36,6 +36,7 @@ class Backend:
     """
 
     block_means: Callable[..., Tensor]
+    attention_pool: Callable[..., Tensor]
     compressed_attention: Callable[..., tuple[Tensor, Tensor]]
     select_blocks: Callable[..., Tensor]
     selected_importance: Callable[..., Tensor]
@@ -63,6 +64,7 @@ OPTIONS = frozenset(
 
 REFERENCE = Backend(
     block_means=reference.block_means,
+    attention_pool=reference.attention_pool,
     compressed_attention=reference.compressed_attention,
     select_blocks=reference.select_blocks,
     selected_importance=reference.selected_importance,
@@ -92,6 +94,7 @@ if find_spec("triton"):
 
     BACKENDS["triton"] = Backend(
         block_means=kernels.block_means,
+        attention_pool=kernels.attention_pool,
         compressed_attention=kernels.compressed_attention,
         select_blocks=kernels.select_blocks,
         selected_importance=kernels.selected_importance,

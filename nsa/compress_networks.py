@@ -16,14 +16,13 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nsa import blocks
+from nsa import blocks, ops
 from nsa.config import NSAConfig
 from nsa.plugins import Spec, ask, find
-from nsa.pooling import block_means
 
 
 class MeanPool(nn.Module):
-    """The mean of a block's tokens; no parameters. `BlockCompressor` takes `block_means` for it."""
+    """The mean of a block's tokens; no parameters. `ops.block_means` computes it."""
 
     def forward(self, windows: Float[Tensor, "b h w n d"]) -> Float[Tensor, "b h w d"]:
         return reduce(windows, "b h w n d -> b h w d", "mean")
@@ -101,6 +100,7 @@ class AttentionPool(nn.Module):
     """A weighted mean of a block's tokens, the weights a softmax, over the block, in each channel.
 
     Scores come from a token's content and its place in the block. They start at 0: a plain mean.
+    `ops.attention_pool` computes it.
     """
 
     def __init__(self, dim_head: int, compress_window_size: int) -> None:
@@ -112,6 +112,18 @@ class AttentionPool(nn.Module):
     def forward(self, windows: Float[Tensor, "b h w n d"]) -> Float[Tensor, "b h w d"]:
         weights = (self.to_scores(windows) + self.position_scores).softmax(dim=-2)
         return reduce(weights * windows, "b h w n d -> b h w d", "sum")
+
+    def pool(
+        self,
+        x: Float[Tensor, "B T G D"],
+        positions: Float[Tensor, "G l D"] | None,
+        cfg: NSAConfig,
+        *,
+        backend: str,
+    ) -> Float[Tensor, "B C G D"]:
+        """`forward` of the blocks of x, `positions` added."""
+        weight, scores = self.to_scores.weight, self.position_scores
+        return ops.attention_pool(x, weight, scores, positions, cfg, backend=backend)
 
 
 class CompressTransformer(nn.Module):
@@ -234,8 +246,8 @@ class BlockCompressor(nn.Module):
     """Folds keys or values into one per compressed block (eq. 7): φ(tokens of a block + positions).
 
     `network` is copied, so that keys and values each train their own. `positions`: add a learned
-    vector for each place in a block and each key/value head. `means` computes what `MeanPool` would
-    without storing windows.
+    vector for each place in a block and each key/value head. `backend` computes what `MeanPool` and
+    `AttentionPool` would, without storing windows where it can.
     """
 
     def __init__(
@@ -246,10 +258,10 @@ class BlockCompressor(nn.Module):
         dim_head: int,
         *,
         positions: bool,
-        means: Callable[[Tensor, NSAConfig], Tensor] = block_means,
+        backend: str = "torch",
     ) -> None:
         super().__init__()
-        self.cfg, self.means = cfg, means
+        self.cfg, self.backend = cfg, backend
         self.network = copy.deepcopy(network)
         shape = (kv_heads, 1, cfg.compress_block_size, dim_head)
         self.positions = nn.Parameter(torch.zeros(shape)) if positions else None
@@ -265,10 +277,13 @@ class BlockCompressor(nn.Module):
 
     def _compress(self, x: Float[Tensor, "B T G D"]) -> Float[Tensor, "B C G D"]:
         if type(self.network) is MeanPool:
-            means = self.means(x, self.cfg)
+            means = ops.block_means(x, self.cfg, backend=self.backend)
             if self.positions is None:
                 return means
             return means + reduce(self.positions, "G 1 l D -> G D", "mean").to(x.dtype)
+        if type(self.network) is AttentionPool:
+            positions = None if self.positions is None else self.positions.squeeze(1)
+            return self.network.pool(x, positions, self.cfg, backend=self.backend)
         windows = blocks.compress_windows(x, self.cfg)
         if self.positions is not None:
             windows = windows + self.positions.to(x.dtype)

@@ -27,12 +27,27 @@ def block_means(
     x: Float[Tensor, "B T G D"], cfg: NSAConfig, *, backend: str = "reference"
 ) -> Float[Tensor, "B C G D"]:
     """See `reference.block_means`."""
-    if x.shape[1] < cfg.compress_block_size:
-        raise ValueError(
-            f"{x.shape[1]} tokens have no block of compress_block_size={cfg.compress_block_size}: "
-            "pad them to one"
-        )
+    _check_has_block(x, cfg)
     return _chosen(backend, x).block_means(x, cfg)
+
+
+def attention_pool(
+    x: Float[Tensor, "B T G D"],
+    to_scores: Float[Tensor, "D D"],
+    position_scores: Float[Tensor, "l D"],
+    positions: Float[Tensor, "G l D"] | None,
+    cfg: NSAConfig,
+    *,
+    backend: str = "reference",
+) -> Float[Tensor, "B C G D"]:
+    """See `reference.attention_pool`."""
+    _check_has_block(x, cfg)
+    (G, D), size = x.shape[2:], cfg.compress_block_size
+    _check_shape("to_scores", to_scores, (D, D))
+    _check_shape("position_scores", position_scores, (size, D))
+    if positions is not None:
+        _check_shape("positions", positions, (G, size, D))
+    return _chosen(backend, x).attention_pool(x, to_scores, position_scores, positions, cfg)
 
 
 def compressed_attention(
@@ -177,6 +192,14 @@ def rotate(
     """See `reference.rotate`."""
     _check_shape("angles", angles, (x.shape[1], x.shape[3] // 2))
     return _chosen(backend, x).rotate(x, angles)
+
+
+def _check_has_block(x: Tensor, cfg: NSAConfig) -> None:
+    if x.shape[1] < cfg.compress_block_size:
+        raise ValueError(
+            f"{x.shape[1]} tokens have no block of compress_block_size={cfg.compress_block_size}: "
+            "pad them to one"
+        )
 
 
 def _check_shape(name: str, x: Tensor, wanted: tuple[int, ...]) -> None:

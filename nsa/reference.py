@@ -66,6 +66,25 @@ def block_means(x: Float[Tensor, "B T G D"], cfg: NSAConfig) -> Float[Tensor, "B
     return reduce(blocks.compress_windows(x, cfg), "B G C l D -> B C G D", "mean")
 
 
+def attention_pool(
+    x: Float[Tensor, "B T G D"],
+    to_scores: Float[Tensor, "D D"],
+    position_scores: Float[Tensor, "l D"],
+    positions: Float[Tensor, "G l D"] | None,
+    cfg: NSAConfig,
+) -> Float[Tensor, "B C G D"]:
+    """Each compressed block, for at least l tokens: eq. 7 with `AttentionPool` for φ.
+
+    A mean of the block's tokens, each with its place's vector of `positions` added, weighed in each
+    channel by the softmax over the block of `to_scores` times a token, plus its position's scores.
+    """
+    windows = blocks.compress_windows(x, cfg)
+    if positions is not None:
+        windows = windows + positions[:, None].to(x.dtype)
+    weights = (F.linear(windows, to_scores) + position_scores).softmax(dim=-2)
+    return reduce(weights * windows, "B G C l D -> B C G D", "sum").to(x.dtype)
+
+
 def for_all_heads(mask: Bool[Tensor, "*B T K"]) -> Bool[Tensor, "#B 1 1 T K"]:
     """A mask as `attend` takes it."""
     return (mask if mask.ndim == 3 else mask[None])[:, None, None]

@@ -162,6 +162,16 @@ def check_case(case: Case) -> None:
             (k,),
             "out dk",
         )
+        sizes = (case.D, case.D), (cfg.compress_block_size, case.D)
+        sizes += ((case.G, cfg.compress_block_size, case.D),)
+        pool = [torch.randn(*shape, dtype=torch.float64, device=DEVICE) for shape in sizes]
+        compare(
+            "attention pool",
+            lambda k, *p: kernels.attention_pool(k, *p, cfg),
+            lambda k, *p: reference.attention_pool(k, *p, cfg),
+            (k, pool[0] * case.D**-0.5, *pool[1:]),
+            "out dk dweight dscores dpositions",
+        )
     compare(
         "window",
         lambda q, k, v: kernels.sliding_window_attention(q, k, v, cfg),

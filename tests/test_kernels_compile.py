@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -58,11 +59,12 @@ def test_no_kernel_has_text_for_a_default():
 def test_ops_are_what_pytorch_takes_them_for():
     """Nothing mutated, true fake shapes, gradients that can be traced."""
     q, k, v = (x.contiguous() for x in inputs()[:3])
-    angles = torch.randn(12, 8, device=DEVICE)
+    angles, new = torch.randn(12, 8, device=DEVICE), partial(torch.randn, device=DEVICE)
     for op, arguments in (
         (torch.ops.nsa.attend_tiles, (q, k, v, None, "band", True, 8, 1, 0)),
         (torch.ops.nsa.rotate, (q, angles, False)),
         (torch.ops.nsa.block_means, (k, 6, 4)),
+        (torch.ops.nsa.attention_pool, (k, new(16, 16), new(6, 16), new(1, 6, 16), 4)),
     ):
         torch.library.opcheck(op.default, arguments)
 

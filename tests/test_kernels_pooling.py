@@ -1,10 +1,12 @@
-"""Means of compressed blocks against plain PyTorch."""
+"""Compressed blocks, as means and by attention pooling, against plain PyTorch."""
 
 import pytest
+import torch
 from kernel_inputs import random
 
-from nsa import kernels
+from nsa import kernels, reference
 from nsa.config import NSAConfig
+from nsa.kernels import attention_pooling
 from nsa.testing import assert_no_worse
 
 
@@ -23,3 +25,39 @@ def test_block_means(shape, sizes):
         random(*shape),
         repeat=True,
     )
+
+
+@pytest.mark.parametrize("positions", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((2, 9, 1, 16), (4, 2)),
+        ((1, 30, 2, 20), (7, 3)),
+        ((2, 41, 3, 8), (5, 5)),
+        ((1, 70, 1, 80), (20, 16)),
+    ],
+)
+def test_attention_pool(shape, sizes, positions, monkeypatch):
+    """Blocks as above; heads that lie apart; sums that several programs share."""
+    monkeypatch.setattr(attention_pooling, "PROGRAMS", 3)
+    (size, stride), (_, _, G, D) = sizes, shape
+    cfg = NSAConfig(
+        compress_block_size=size, compress_block_sliding_stride=stride,
+        selection_block_size=4 * stride if size > stride else stride,
+    )  # fmt: skip
+    parameters = [random(D, D) * D**-0.5, random(size, D)] + [random(G, size, D)] * positions
+
+    def op(pool):
+        return lambda kv, *given: pool(kv[:, :, 1], *given, *[None] * (not positions), cfg)
+
+    parts = torch.stack([random(*shape), random(*shape)], dim=2)
+    assert_no_worse(
+        op(kernels.attention_pool), op(reference.attention_pool), parts, *parameters, repeat=True
+    )
+
+
+def test_blocks_too_large_for_a_program_are_pooled_by_pytorch():
+    cfg = NSAConfig(compress_block_size=64, compress_block_sliding_stride=64)
+    x, weight, scores = random(1, 64, 1, 256), random(256, 256), random(64, 256)
+    out = kernels.attention_pool(x, weight, scores, None, cfg)
+    torch.testing.assert_close(out, reference.attention_pool(x, weight, scores, None, cfg))

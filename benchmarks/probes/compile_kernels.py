@@ -143,7 +143,9 @@ def exercise(
         return torch.ones(*shape, dtype=dtype, requires_grad=True)
 
     q, k, v = new(B, T, H, D), new(B, T, G, D), new(B, T, G, DV)
-    k_cmp, v_cmp = kernels.block_means(k, cfg), new(B, C, G, DV)
+    pool = new(D, D), new(cfg.compress_block_size, D), new(G, cfg.compress_block_size, D)
+    k_cmp = kernels.block_means(k, cfg) + kernels.attention_pool(k, *pool, cfg)
+    v_cmp = new(B, C, G, DV)
     out_cmp, lse = kernels.compressed_attention(q, k_cmp, v_cmp, cfg)
     out_win = kernels.sliding_window_attention(q, k, v, cfg)
     indices = kernels.select_blocks(q, k_cmp, lse, cfg)
