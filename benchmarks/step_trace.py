@@ -30,16 +30,19 @@ class StepTrace(Callback):
         self.folder, self.warm_up, self.traced = folder, warm_up, traced
         self.figures: dict[str, Any] = {}
         self._begun = self._from = (0, 0.0)
+        self._seen = 0  # the latest step that ended
         self._trace: profile | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = (trainer.global_step, 0.0)
+        self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
         done, last = step - self._begun[0], trainer.max_steps - self.traced
-        if step == self._from[0]:
+        if step == self._seen:
             return  # a micro-batch that ends no step
+        self._seen = step
         if done == 1 and "start_up_s" not in self.figures:
             synchronize(pl_module.device)
             started = float(os.environ.get(STARTED, time.time()))
