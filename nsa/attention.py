@@ -256,15 +256,17 @@ class SparseAttention(AttentionLayer):
         return keys if self.compressed_output else keys | {"compressed": 0 * keys["sliding"]}
 
     def compress_flops(self, num_tokens: int) -> float:
-        """One block of φ, counted, times C."""
-        shape = (1, self.cfg.compress_block_size, self.kv_heads, self.dim_head)
-        block = torch.empty(shape, device="meta")
+        """φ of one block, counted, times C."""
+        shape = (1, self.kv_heads, 1, self.cfg.compress_block_size, self.dim_head)
+        windows = torch.empty(shape, device="meta")
         with FlopCounterMode(display=False) as counter:
             for compressor in (self.compress_k, self.compress_v):
                 if compressor is not None:
-                    sizes = {name: p.shape for name, p in compressor.named_parameters()}
-                    blank = {name: torch.empty(sizes[name], device="meta") for name in sizes}
-                    functional_call(compressor, blank, block)
+                    phi = compressor.network
+                    blank = {
+                        k: torch.empty_like(p, device="meta") for k, p in phi.named_parameters()
+                    }
+                    functional_call(phi, blank, windows)
         return float(counter.get_total_flops()) * blocks.num_compress_blocks(num_tokens, self.cfg)
 
     def extra_repr(self) -> str:

@@ -5,8 +5,9 @@ a = softmax of s over the block, the block's key is Σ a_i y_i. Its gradient do 
 
     ds_i = a_i do (y_i - Σ a_j y_j),    dy_i = a_i do + Wᵀ ds_i,
 
-and those of W, p and e are sums of ds_i y_iᵀ, ds_i and dy_i over blocks. Windows are never stored:
-the backward pass takes tokens, a stride of d at a time, each with every block that covers it.
+and those of W, p and e are sums of ds_i y_iᵀ, ds_i and dy_i over blocks. Windows are never stored.
+Of the backward pass, one kernel takes tokens, each with every block over it, for dX; another takes
+blocks for the parameters, in partial sums that are added in a fixed order.
 """
 
 import torch
@@ -29,9 +30,9 @@ from nsa.kernels.primitives import (
 )
 from nsa.kernels.registration import custom_op, register_autograd, register_fake
 
-ROWS = 64  # tokens of a program's blocks, at least
+NUMBERS = 4096  # of the tokens that a program holds at once, or a whole block
 LARGEST = 8192  # numbers of a block, padded: what a program holds
-PROGRAMS = 2  # a multiprocessor, in the backward pass
+PROGRAMS = 2  # a multiprocessor, that share the parameters' gradients
 
 
 @jit
@@ -57,6 +58,16 @@ def load_weight(weight_ptr, dtype, D: tl.constexpr, PADDED_D: tl.constexpr):
 
 
 @jit
+def score(
+    y, weight, scores_ptr, place, live,
+    D: tl.constexpr, PADDED_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """s: W y and the scores of the places."""
+    of_place = load_rows(scores_ptr, place, live, D, PADDED_D).to(tl.float32)
+    return tl.dot(y, tl.trans(weight), of_place, input_precision=PRECISION)
+
+
+@jit
 def attention_pool_kernel(
     x_ptr, weight_ptr, scores_ptr, positions_ptr, out_ptr, lse_ptr, C, stride_b, stride_t, stride_g,
     G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, SIZE: tl.constexpr,
@@ -74,8 +85,7 @@ def attention_pool_kernel(
     rows = b * stride_b + (c * STRIDE + place).to(tl.int64) * stride_t + g * stride_g
     y = load_tokens(x_ptr, positions_ptr, rows, place, live, D, PADDED_D)
     weight = load_weight(weight_ptr, y.dtype, D, PADDED_D)
-    scores = load_rows(scores_ptr, place, live, D, PADDED_D).to(tl.float32)
-    scores += tl.dot(y, tl.trans(weight), input_precision=PRECISION)
+    scores = score(y, weight, scores_ptr, place, live, D, PADDED_D, PRECISION)
     scores = tl.where((place < SIZE)[:, None], scores, float("-inf"))
     by_block = tl.reshape(scores, [BLOCKS, PADDED_SIZE, PADDED_D])
     most = tl.max(by_block, 1)
@@ -90,63 +100,95 @@ def attention_pool_kernel(
 
 
 @jit
-def attention_pool_bwd_kernel(
-    x_ptr, weight_ptr, scores_ptr, positions_ptr, out_ptr, lse_ptr, dout_ptr, dx_ptr, sums_ptr,
-    B, T, C, stride_b, stride_t, stride_g,
-    G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, PADDED_STRIDE: tl.constexpr, OVER: tl.constexpr, CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def score_gradients(
+    y, weight, scores_ptr, place, out_ptr, lse_ptr, dout_ptr, key, live,
+    D: tl.constexpr, PADDED_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """CHUNKS strides of tokens of head g at a time: dX; and this program's sums for W, p and e.
+    """a do and ds of tokens y at places of the blocks whose rows are `key`; 0 where not live."""
+    scores = score(y, weight, scores_ptr, place, live, D, PADDED_D, PRECISION)
+    scores -= load_rows(lse_ptr, key, live, D, PADDED_D)
+    dout = load_rows(dout_ptr, key, live, D, PADDED_D).to(tl.float32)
+    out = load_rows(out_ptr, key, live, D, PADDED_D).to(tl.float32)
+    weighed = tl.where(live[:, None], tl.exp(scores), 0.0) * dout
+    return weighed, weighed * (y.to(tl.float32) - out)
 
-    A row is a token and one of the blocks over it: the block that began `back` strides before.
-    """
-    part, parts, g = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    row = tl.arange(0, CHUNKS * OVER * PADDED_STRIDE)
-    within, back = row % PADDED_STRIDE, row // PADDED_STRIDE % OVER
-    place = back * STRIDE + within
-    dtype = x_ptr.dtype.element_ty
-    weight = load_weight(weight_ptr, dtype, D, PADDED_D)
+
+@jit
+def attention_pool_dx_kernel(
+    x_ptr, weight_ptr, scores_ptr, positions_ptr, out_ptr, lse_ptr, dout_ptr, dx_ptr, T, C,
+    stride_b, stride_t, stride_g,
+    G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one head: dX, from each block over them."""
+    tiles = tl.cdiv(T, ROWS)
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, g = (head // G).to(tl.int64), head % G
+    t = tile * ROWS + tl.arange(0, ROWS)
+    rows = b * stride_b + t.to(tl.int64) * stride_t + g * stride_g
     if positions_ptr is not None:
         positions_ptr += g * SIZE * D
-    dweight = tl.zeros([PADDED_D, PADDED_D], tl.float32)
-    dscores = tl.zeros([OVER * PADDED_STRIDE, PADDED_D], tl.float32)
-    dpositions = tl.zeros([OVER * PADDED_STRIDE, PADDED_D], tl.float32)
-    tiles = tl.cdiv(tl.cdiv(T, STRIDE), CHUNKS)
-    for tile in range(part, B * tiles, parts):
-        b = (tile // tiles).to(tl.int64)
-        chunk = tile % tiles * CHUNKS + row // (PADDED_STRIDE * OVER)
-        t, c = chunk * STRIDE + within, chunk - back
-        live = (within < STRIDE) & (place < SIZE) & (t < T) & (c >= 0) & (c < C)
-        rows = b * stride_b + t.to(tl.int64) * stride_t + g * stride_g
+    dtype = x_ptr.dtype.element_ty
+    weight = load_weight(weight_ptr, dtype, D, PADDED_D)
+    dx = tl.zeros([ROWS, PADDED_D], tl.float32)
+    for back in tl.static_range((SIZE + STRIDE - 1) // STRIDE):
+        c, place = t // STRIDE - back, t % STRIDE + back * STRIDE
+        live = (t < T) & (place < SIZE) & (c >= 0) & (c < C)
         y = load_tokens(x_ptr, positions_ptr, rows, place, live, D, PADDED_D)
-        key = (b * C + c) * G + g
-        dout = load_rows(dout_ptr, key, live, D, PADDED_D).to(tl.float32)
-        out = load_rows(out_ptr, key, live, D, PADDED_D).to(tl.float32)
-        scores = load_rows(scores_ptr, place, live, D, PADDED_D).to(tl.float32)
-        scores += tl.dot(y, tl.trans(weight), input_precision=PRECISION)
-        scores -= load_rows(lse_ptr, key, live, D, PADDED_D)
-        dy = tl.where(live[:, None], tl.exp(scores), 0.0) * dout
-        ds = dy * (y.to(tl.float32) - out)
-        dy = tl.dot(ds.to(dtype), weight, dy, input_precision=PRECISION)
+        weighed, ds = score_gradients(
+            y, weight, scores_ptr, place, out_ptr, lse_ptr, dout_ptr, (b * C + c) * G + g, live,
+            D, PADDED_D, PRECISION,
+        )  # fmt: skip
+        dx = tl.dot(ds.to(dtype), weight, dx + weighed, input_precision=PRECISION)
+    store_rows(dx_ptr, (b * T + t) * G + g, t < T, dx, D, PADDED_D)
+
+
+@jit
+def attention_pool_dw_kernel(
+    x_ptr, weight_ptr, scores_ptr, positions_ptr, out_ptr, lse_ptr, dout_ptr, sums_ptr, B, C,
+    stride_b, stride_t, stride_g,
+    G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, SIZE: tl.constexpr,
+    PADDED_SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every num_programs-th BLOCKS blocks of head g: their share of dW, dp and de."""
+    part, parts, g = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    row = tl.arange(0, BLOCKS * PADDED_SIZE)
+    place = row % PADDED_SIZE
+    if positions_ptr is not None:
+        positions_ptr += g * SIZE * D
+    dtype = x_ptr.dtype.element_ty
+    weight = load_weight(weight_ptr, dtype, D, PADDED_D)
+    dweight = tl.zeros([PADDED_D, PADDED_D], tl.float32)
+    dscores = tl.zeros([BLOCKS * PADDED_SIZE, PADDED_D], tl.float32)  # a row sums its own place
+    dpositions = tl.zeros([BLOCKS * PADDED_SIZE, PADDED_D], tl.float32)
+    tiles = tl.cdiv(C, BLOCKS)
+    for tile in tl.range(part, B * tiles, parts, num_stages=1):
+        b = (tile // tiles).to(tl.int64)
+        c = tile % tiles * BLOCKS + row // PADDED_SIZE
+        live = (c < C) & (place < SIZE)
+        rows = b * stride_b + (c * STRIDE + place).to(tl.int64) * stride_t + g * stride_g
+        y = load_tokens(x_ptr, positions_ptr, rows, place, live, D, PADDED_D)
+        weighed, ds = score_gradients(
+            y, weight, scores_ptr, place, out_ptr, lse_ptr, dout_ptr, (b * C + c) * G + g, live,
+            D, PADDED_D, PRECISION,
+        )  # fmt: skip
+        dscores += ds
+        dpositions += weighed
         dweight = tl.dot(tl.trans(ds.to(dtype)), y, dweight, input_precision=PRECISION)
-        dscores += tl.sum(tl.reshape(ds, [CHUNKS, OVER * PADDED_STRIDE, PADDED_D]), 0)
-        dpositions += tl.sum(tl.reshape(dy, [CHUNKS, OVER * PADDED_STRIDE, PADDED_D]), 0)
-        by_block = tl.reshape(dy, [CHUNKS, OVER, PADDED_STRIDE, PADDED_D])
-        dx = tl.reshape(tl.sum(by_block, 1), [CHUNKS * PADDED_STRIDE, PADDED_D])
-        token = tl.arange(0, CHUNKS * PADDED_STRIDE)
-        t = (tile % tiles * CHUNKS + token // PADDED_STRIDE) * STRIDE + token % PADDED_STRIDE
-        live = (token % PADDED_STRIDE < STRIDE) & (t < T)
-        store_rows(dx_ptr, (b * T + t) * G + g, live, dx, D, PADDED_D)
+    dpositions = tl.dot(dscores.to(dtype), weight, dpositions, input_precision=PRECISION)
+    dscores = tl.sum(tl.reshape(dscores, [BLOCKS, PADDED_SIZE, PADDED_D]), 0)
+    dpositions = tl.sum(tl.reshape(dpositions, [BLOCKS, PADDED_SIZE, PADDED_D]), 0)
     # [parts, G, rows of W | rows of p | rows of e, D]
     sums_ptr += (part * G + g).to(tl.int64) * (D + 2 * SIZE) * D
-    channel = tl.arange(0, PADDED_D)
+    channel, place = tl.arange(0, PADDED_D), tl.arange(0, PADDED_SIZE)
     store_rows(sums_ptr, channel, channel < D, dweight, D, PADDED_D)
-    row = tl.arange(0, OVER * PADDED_STRIDE)
-    place = row // PADDED_STRIDE * STRIDE + row % PADDED_STRIDE
-    live = (row % PADDED_STRIDE < STRIDE) & (place < SIZE)
-    store_rows(sums_ptr + D * D, place, live, dscores, D, PADDED_D)
-    store_rows(sums_ptr + (D + SIZE) * D, place, live, dpositions, D, PADDED_D)
+    store_rows(sums_ptr + D * D, place, place < SIZE, dscores, D, PADDED_D)
+    store_rows(sums_ptr + (D + SIZE) * D, place, place < SIZE, dpositions, D, PADDED_D)
+
+
+def rows_of(width: int) -> int:
+    """Tokens that a program takes at once, if no block is longer."""
+    return min(64, max(16, NUMBERS // width))
 
 
 def num_warps(width: int) -> int:
@@ -162,7 +204,7 @@ def attention_pool_op(
     C, width = (T - size) // stride + 1, padded(D)
     out = torch.empty(B, C, G, D, dtype=x.dtype, device=x.device)
     lse = torch.empty(B, C, G, D, dtype=torch.float32, device=x.device)
-    at_once = max(1, ROWS // power_of_2(size))
+    at_once = max(1, rows_of(width) // power_of_2(size))
     with torch.cuda.device_of(x):
         attention_pool_kernel[(B * G * cdiv(C, at_once),)](
             x, weight, scores, positions, out, lse, C, *x.stride()[:3],
@@ -186,16 +228,19 @@ def attention_pool_backward_op(
     """Gradients of x, of W and p, and of e [G, l, D], the last three in float32."""
     (B, T, G, D), C, size = x.shape, out.shape[1], scores.shape[0]
     dx = torch.empty(B, T, G, D, dtype=x.dtype, device=x.device)
-    over, width = power_of_2(cdiv(size, stride)), padded(D)
-    chunks = max(1, ROWS // (over * power_of_2(stride)))
-    tiles = B * cdiv(cdiv(T, stride), chunks)
-    parts = min(tiles, max(1, cdiv(PROGRAMS * num_multiprocessors(x.device), G)))
+    width, at_once = padded(D), max(1, rows_of(padded(D)) // power_of_2(size))
+    parts = max(1, min(B * cdiv(C, at_once), cdiv(PROGRAMS * num_multiprocessors(x.device), G)))
     sums = torch.empty(parts, G, D + 2 * size, D, dtype=torch.float32, device=x.device)
+    given = x, weight, scores, positions, out, lse, dout
+    sizes = dict(G=G, D=D, PADDED_D=width, SIZE=size, STRIDE=stride, PRECISION=precision())
     with torch.cuda.device_of(x):
-        attention_pool_bwd_kernel[(parts, G)](
-            x, weight, scores, positions, out, lse, dout, dx, sums, B, T, C, *x.stride()[:3],
-            G=G, D=D, PADDED_D=width, SIZE=size, STRIDE=stride, PADDED_STRIDE=power_of_2(stride),
-            OVER=over, CHUNKS=chunks, PRECISION=precision(), num_warps=num_warps(width),
+        attention_pool_dx_kernel[(B * G * cdiv(T, rows_of(width)),)](
+            *given, dx, T, C, *x.stride()[:3], **sizes, ROWS=rows_of(width),
+            num_warps=num_warps(width),
+        )  # fmt: skip
+        attention_pool_dw_kernel[(parts, G)](
+            *given, sums, B, C, *x.stride()[:3], **sizes,
+            PADDED_SIZE=power_of_2(size), BLOCKS=at_once, num_warps=num_warps(width),
         )  # fmt: skip
     by_head = sums.sum(0)
     dweight, dscores = by_head[:, : D + size].sum(0).split([D, size])
