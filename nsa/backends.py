@@ -77,6 +77,7 @@ REFERENCE = Backend(
 TORCH = replace(
     REFERENCE,
     block_means=pooling.block_means,
+    attention_pool=pooling.attention_pool,
     sliding_window_attention=local.sliding_window_attention,
 )
 FLEX = replace(

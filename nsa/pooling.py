@@ -1,10 +1,11 @@
-"""Means of compressed blocks (eq. 7 with the mean for φ), whose windows are never stored."""
+"""Compressed blocks (eq. 7) of the φ that have ops of their own: the mean, and attention pooling."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from nsa import blocks
 from nsa.config import NSAConfig
 
 
@@ -37,3 +38,18 @@ class _BlockMeans(torch.autograd.Function):
 def block_means(x: Float[Tensor, "B T G D"], cfg: NSAConfig) -> Float[Tensor, "B C G D"]:
     """The mean of each compressed block, for at least l tokens; its windows are never stored."""
     return _BlockMeans.apply(x, cfg.compress_block_size, cfg.compress_block_sliding_stride)
+
+
+def attention_pool(
+    x: Float[Tensor, "B T G D"],
+    to_scores: Float[Tensor, "D D"],
+    position_scores: Float[Tensor, "l D"],
+    positions: Float[Tensor, "G l D"] | None,
+    cfg: NSAConfig,
+) -> Float[Tensor, "B C G D"]:
+    """See `reference.attention_pool`. Each head's tokens are made into windows first."""
+    windows = blocks.compress_windows(x, cfg)
+    if positions is not None:
+        windows = windows + positions[:, None].to(x.dtype)
+    weights = (F.linear(windows, to_scores) + position_scores).softmax(dim=3)
+    return (weights * windows).sum(3).transpose(1, 2).to(x.dtype)

@@ -81,8 +81,9 @@ def attention_pool(
     windows = blocks.compress_windows(x, cfg)
     if positions is not None:
         windows = windows + positions[:, None].to(x.dtype)
-    weights = (F.linear(windows, to_scores) + position_scores).softmax(dim=-2)
-    return reduce(weights * windows, "B G C l D -> B C G D", "sum").to(x.dtype)
+    scores = einsum(to_scores, windows, "E D, B G C l D -> B G C l E") + position_scores
+    pooled = einsum(scores.softmax(dim=-2), windows, "B G C l D, B G C l D -> B C G D")
+    return pooled.to(x.dtype)
 
 
 def for_all_heads(mask: Bool[Tensor, "*B T K"]) -> Bool[Tensor, "#B 1 1 T K"]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from nsa import reference
+from nsa import pooling
 from nsa.config import NSAConfig
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import (
@@ -293,9 +293,9 @@ def attention_pool(
     positions: Float[Tensor, "G l D"] | None,
     cfg: NSAConfig,
 ) -> Float[Tensor, "B C G D"]:
-    """See `reference.attention_pool`, which blocks of more than LARGEST numbers go through."""
+    """See `reference.attention_pool`. Blocks of more than LARGEST numbers are PyTorch's."""
     if power_of_2(cfg.compress_block_size) * padded(x.shape[3]) > LARGEST:
-        return reference.attention_pool(x, to_scores, position_scores, positions, cfg)
+        return pooling.attention_pool(x, to_scores, position_scores, positions, cfg)
     x = x.to(operands(x[:0])[0].dtype)  # without a copy: heads may lie apart, features may not
     x = x if x.stride(3) == 1 else x.contiguous()
     positions = None if positions is None else positions.contiguous()
