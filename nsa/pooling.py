@@ -1,4 +1,4 @@
-"""Compressed blocks (eq. 7) of the φ that have ops of their own: the mean, and attention pooling."""
+"""Compressed blocks (eq. 7) of those φ that have ops of their own: mean, and attention pooling."""
 
 import torch
 import torch.nn.functional as F
