@@ -54,27 +54,27 @@ class Step:
         C = blocks.num_compress_blocks(context, CFG) + 1
         self.q, self.gates = new(batch, 1, H, D), new(batch, 1, H, 3).sigmoid()
         self.new = [new(batch, 1, G, D) for _ in range(6)]
-        self.compressed, self.selected, self.window, self.tail = (
-            (new(batch, rows, G, D), new(batch, rows, G, D))
-            for rows in (C, context, CFG.sliding_window_size, CFG.compress_block_size)
-        )
+        rows = dict(
+            compressed=C, selected=context, window=CFG.sliding_window_size,
+            tail=CFG.compress_block_size,
+        )  # fmt: skip
+        self.parts = {
+            name: (new(batch, size, G, D), new(batch, size, G, D)) for name, size in rows.items()
+        }
         self.frequencies = torch.rand(D // 2, device=DEVICE)
         self.lengths = torch.full((batch,), context - 1, device=DEVICE)
 
     def append(self) -> Tensor:
-        """The token enters the cache; φ is the mean."""
-        q_rot, block = kernels.append_token(
-            self.q, self.new, self.frequencies, self.lengths, self.selected, self.window,
-            self.tail, CFG,
-        )  # fmt: skip
-        folded = [kernels.block_means(x, CFG) for x in block]
-        kernels.append_block(folded, self.compressed, self.lengths, CFG)
-        return q_rot
+        """The token enters the cache; φ is the mean, without learned positions."""
+        mean = None, None, None
+        return kernels.append_token(
+            self.q, self.new, self.frequencies, self.lengths, self.parts, CFG, [mean, mean]
+        )[0]
 
     def attend(self, q_rot: Tensor) -> tuple[Tensor, Tensor]:
+        keys = (self.parts[name] for name in ("compressed", "selected", "window"))
         return kernels.cached_attention(
-            self.q, q_rot, self.gates, self.compressed, self.selected, self.window,
-            self.lengths[:, None], CFG,
+            self.q, q_rot, self.gates, *keys, self.lengths[:, None], cfg=CFG
         )  # fmt: skip
 
     def __call__(self) -> Tensor:
@@ -105,13 +105,13 @@ def check() -> None:
     def want(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         q, rot, gates = (x.to(dtype) for x in (step.q, q_rot, step.gates))
         C = blocks.num_compress_blocks(8192, CFG)
-        k_cmp, v_cmp = (x[:, :C].to(dtype) for x in step.compressed)
+        k_cmp, v_cmp = (x[:, :C].to(dtype) for x in step.parts["compressed"])
         cmp, lse = reference.compressed_attention(
             q, k_cmp, v_cmp, CFG, positions=positions, num_tokens=8192
         )
         chosen = reference.select_blocks(q, k_cmp, lse, CFG, positions=positions, num_tokens=8192)
-        k_slc, v_slc = (x.to(dtype) for x in step.selected)
-        k_win, v_win = (x.to(dtype) for x in step.window)
+        k_slc, v_slc = (x.to(dtype) for x in step.parts["selected"])
+        k_win, v_win = (x.to(dtype) for x in step.parts["window"])
         slc = reference.selected_attention(rot, k_slc, v_slc, indices, CFG, positions=positions)
         slots = blocks.ring_positions(step.lengths + 1, CFG.sliding_window_size)
         win = reference.sliding_window_attention(

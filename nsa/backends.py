@@ -29,7 +29,7 @@ class Backend:
     Args:
         gated_attention: the branches and their sum in one op; None if it has no such op.
         append_token, append_block, cached_attention: one step of decoding (`nsa.decoding`); None
-            for all three decodes by `nsa.reference`.
+            for all three decodes in plain torch.
         importances: the names of the rules it has; None for any rule, one's own included.
         covers: options, spelled as one sets them in `SparseAttention`.
         reasons: why it lacks an option, for the message that refuses it.

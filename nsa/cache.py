@@ -35,6 +35,20 @@ class KeysValues:
         """The tensors there are."""
         return iter([self.k] if self.v is None else [self.k, self.v])
 
+    @property
+    def values(self) -> Float[Tensor, "B K G D"]:
+        """`v`, or what stands for it where nothing reads it."""
+        return self.k if self.v is None else self.v
+
+    def of_row(self, b: int) -> "KeysValues":
+        """Those of one sequence, as a batch of one."""
+        return KeysValues(self.k[b : b + 1], None if self.v is None else self.v[b : b + 1])
+
+    def put(self, slot: int, *new: Float[Tensor, "B G D"]) -> None:
+        """One token of each sequence into one slot."""
+        for kept, x in zip(self, new, strict=False):
+            kept[:, slot].copy_(x)
+
 
 class LayerCache:
     """The parts that one layer keeps, by name, and how many tokens each sequence has.

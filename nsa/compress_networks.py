@@ -275,6 +275,18 @@ class BlockCompressor(nn.Module):
         compressed = self._compress(padded).to(x.dtype)
         return compressed[:, : blocks.num_compress_blocks(x.shape[1], self.cfg)].contiguous()
 
+    def pooling(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+        """What makes φ of a block, where it is a weighted mean of tokens; None for any other φ.
+
+        The positions [G 1 l D]; of an `AttentionPool` its weight of scores [D D] and the scores of
+        places [l D]. None for what there is not.
+        """
+        if type(self.network) is MeanPool:
+            return self.positions, None, None
+        if type(self.network) is AttentionPool:
+            return self.positions, self.network.to_scores.weight, self.network.position_scores
+        return None
+
     def _compress(self, x: Float[Tensor, "B T G D"]) -> Float[Tensor, "B C G D"]:
         if type(self.network) is MeanPool:
             means = ops.block_means(x, self.cfg, backend=self.backend)

@@ -5,6 +5,7 @@ many, attend to the cache. Both give what one forward pass over all tokens would
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nsa import blocks, ops, reference
+from nsa import blocks, cpu_step, ops, reference
 from nsa.backends import BACKENDS
 from nsa.cache import LayerCache, recall
 from nsa.config import NSAConfig
@@ -50,14 +51,27 @@ def sparse_attention(
         write_compressed(cache, x.k_cmp, x.v_cmp)
         cache.advance(tokens.shape[1], counts)
         return attn.gated_sum(x)
-    by_kernels = BACKENDS[attn.backend].cached_attention is not None
-    if by_kernels and attn.selection in ("learned", "none"):
+    if attn.selection not in ("learned", "none"):
+        return gated_sum(attn, tokens, cache, counts)
+    one_each = tokens.shape[1] == 1 and counts is None
+    if one_each and attn.backend in PORTABLE and tokens.device.type == "cpu":
+        make_room(cache, 1, causal=attn.cfg.causal)
+        return cpu_step.one_token(attn, attn.split_heads(tokens), cache)
+    if BACKENDS[attn.backend].cached_attention is not None:
         make_room(cache, tokens.shape[1], causal=attn.cfg.causal)
         return attend_by_kernels(attn, attn.split_heads(tokens), cache, counts)
+    return gated_sum(attn, tokens, cache, counts)
+
+
+def gated_sum(
+    attn: Any, tokens: Float[Tensor, "B n M"], cache: LayerCache, counts: Int[Tensor, " B"] | None
+) -> Float[Tensor, "B n H D"]:
+    """`sparse_attention` by the reference."""
     compressed, selected, sliding, gates, _ = sparse_branches(attn, tokens, cache, counts)
     return ops.combine(gates, compressed, selected, sliding)
 
 
+PORTABLE = ("torch", "flex")  # backends that have no decode kernels; "reference" stays the oracle
 MOST_TOKENS = 64  # that one launch of decode kernels takes: their scores are T x C numbers
 
 
@@ -68,29 +82,45 @@ def attend_by_kernels(
     num_new, step = heads.q.shape[1], BACKENDS[attn.backend]
     if num_new > MOST_TOKENS:
         return attend_in_chunks(attn, heads, cache, counts)
-    assert step.cached_attention and step.append_token and step.append_block
-    positions = cache.positions(num_new)
+    assert step.cached_attention
     if num_new == 1 and counts is None:
-        new = heads[1:7]
-        frequencies = rotary_frequencies(attn.dim_head, base=attn.rope_base, device=new[0].device)
-        window = list(cache["window"])
-        q_rot, block = step.append_token(
-            heads.q, new, frequencies, cache.lengths, list(cache["selected"]), window,
-            list(cache["tail"]), attn.cfg,
-        )  # fmt: skip
-        networks = (attn.compress_k, attn.compress_v)
-        folded = [network(x) for network, x in zip(networks, block, strict=False)]
-        step.append_block(folded, list(cache["compressed"]), cache.lengths, attn.cfg)
+        positions = cache.lengths[:, None]
+        q_rot, window = append_one_token(attn, heads, cache)
     else:
+        positions = cache.positions(num_new)
         q_rot, window = append_tokens(attn, heads, cache, positions, counts)
-    kept = list(cache["compressed"])
+    kept, (mem_k, mem_v) = list(cache["compressed"]), attn.memory(heads.q)
     out, _ = step.cached_attention(
         heads.q, q_rot, heads.gates, (kept[0], kept[-1]), tuple(cache["selected"]), tuple(window),
-        positions, attn.cfg, *attn.memory(heads.q),
+        positions, cfg=attn.cfg, mem_k=mem_k, mem_v=mem_v,
         shared=attn.shared_selection, compressed_output=attn.compressed_output,
     )  # fmt: skip
     cache.advance(num_new, counts)
     return out
+
+
+def append_one_token(
+    attn: Any, heads: Heads, cache: LayerCache
+) -> tuple[Float[Tensor, "B 1 H D"], list[Float[Tensor, "B ring G D"]]]:
+    """One token of each sequence enters the cache.  Rotated queries, and the ring of the window."""
+    step, parts = BACKENDS[attn.backend], {name: list(part) for name, part in cache.parts.items()}
+    assert step.append_token and step.append_block
+    networks = [n for n in (attn.compress_k, attn.compress_v) if n is not None]
+    pools = [network.pooling() for network in networks]
+    q_rot, block = step.append_token(
+        heads.q, heads[1:7], frequencies(attn.dim_head, attn.rope_base, heads.q.device),
+        cache.lengths, parts, attn.cfg, pools=() if None in pools else pools,
+    )  # fmt: skip
+    if block:
+        folded = [network(x) for network, x in zip(networks, block, strict=True)]
+        step.append_block(folded, parts["compressed"], cache.lengths, attn.cfg)
+    return q_rot, parts["window"]
+
+
+@lru_cache
+def frequencies(dim_head: int, base: float, device: torch.device) -> Float[Tensor, " half"]:
+    """`rotary_frequencies`, kept: a step has no time to compute them in every layer."""
+    return rotary_frequencies(dim_head, base=base, device=device)
 
 
 def append_tokens(

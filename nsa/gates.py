@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ def split_gates(logits: Float[Tensor, "B T L"], heads: int) -> Float[Tensor, "B 
             f"strategy_combine_mlp gives {logits.shape[-1]} numbers a token: it must give "
             f"3 * heads = {3 * heads}, the branches of a head side by side"
         )
-    return rearrange(logits, "B T (H three) -> B T H three", three=3)
+    return logits.unflatten(-1, (heads, 3))
 
 
 def gate_network(

@@ -81,6 +81,23 @@ def test_token_by_token_equals_the_forward_pass(name: str) -> None:
     assert cache.lengths.tolist() == [T, T]
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_cpu_step_equals_the_forward_pass(name: str) -> None:
+    """Token by token, for sequences of one length and of several."""
+    attn, x = sparse(backend="torch", **OPTIONS[name]), tokens()
+    lengths, row = torch.tensor([3, 3]), torch.arange(2)
+    if name in ("paper", "per_head"):
+        lengths[1] = 11
+    cache = attn.empty_cache(2, T)
+    attn(x[:, :11], cache=cache, counts=lengths)
+    want = attn(x)
+    while lengths.max() < T:
+        out = attn(x[row, lengths][:, None], cache=cache)
+        close(out[:, 0], want[row, lengths])
+        lengths += 1
+    assert torch.equal(cache.lengths, lengths)
+
+
 @pytest.mark.parametrize(
     "phi",
     ["mlp", "grouped_mlp", "single_projection", "conv_linear", "compress_transformer", "mean_pool"],

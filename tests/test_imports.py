@@ -22,6 +22,7 @@ FLOORS = (  # from the roof down: a module imports lower floors and its own pack
     ("nsa.attention",),
     ("nsa.twins",),
     ("nsa.decoding", "nsa.branches", "nsa.layer"),
+    ("nsa.cpu_step",),
     ("nsa.heads", "nsa.cache", "nsa.gates", "nsa.compress_networks", "nsa.selection"),
     ("nsa.ops",),
     ("nsa.backends",),

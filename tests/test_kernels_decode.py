@@ -79,8 +79,8 @@ def run(op_dtype, cfg, q, q_rot, gates, compressed, selected, keys, positions, m
         return tuple(cast(x, op_dtype) for x in pair)
 
     return cached_attention(
-        *to((q, q_rot, gates)), to(compressed), to(selected), to(window), positions, cfg, *to(mem),
-        shared=shared,
+        *to((q, q_rot, gates)), to(compressed), to(selected), to(window), positions,
+        cfg=cfg, mem_k=cast(mem[0], op_dtype), mem_v=cast(mem[1], op_dtype), shared=shared,
     )  # fmt: skip
 
 

@@ -173,18 +173,25 @@ def exercise_decoding(
     if not cfg.causal:
         return
 
+    def new_zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
     def pair(rows: int) -> list[Tensor]:
-        return [torch.zeros(B, rows, G, D, dtype=dtype) for _ in range(2)]
+        return [new_zeros(B, rows, G, D) for _ in range(2)]
 
     q, lengths = torch.zeros(B, 1, H, D, dtype=dtype), torch.zeros(B, dtype=torch.long)
     compressed, selected = pair(num_compress_blocks(T, cfg) + 1), pair(T)
     window, tail = pair(cfg.sliding_window_size), pair(cfg.compress_block_size)
     new = [x for _ in range(3) for x in pair(1)]
-    kernels.append_token(q, new, torch.zeros(D // 2), lengths, selected, window, tail, cfg)
+    parts = dict(selected=selected, window=window, tail=tail, compressed=compressed)
+    places, weight = new_zeros(G, 1, cfg.compress_block_size, D), new_zeros(D, D)
+    attention_pool = places, weight, new_zeros(cfg.compress_block_size, D)
+    for pools in ([], [(places, None, None)] * 2, [attention_pool] * 2):
+        kernels.append_token(q, new, torch.zeros(D // 2), lengths, parts, cfg, pools)
     kernels.append_block(pair(1), compressed, lengths, cfg)
     gates = torch.zeros(B, 1, H, 3, dtype=dtype)
     both = tuple(compressed), tuple(selected), tuple(window)
-    kernels.cached_attention(q, q, gates, *both, lengths[:, None], cfg)
+    kernels.cached_attention(q, q, gates, *both, lengths[:, None], cfg=cfg)
 
 
 def every_candidate(problem: Problem, launch: Callable[[Tile], object]) -> Tile:

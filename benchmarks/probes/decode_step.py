@@ -2,8 +2,8 @@
 
 Replays a step as one CUDA graph under PyTorch's profiler, the L2 cache flushed before each replay:
 microseconds of every kernel in the order of launches, of the gap before it, and for our own kernels
-the bytes that it has to move. First the attention step of one layer at the shapes of the bars, then
-a whole step of `nsa_small`.
+the bytes that it has to move. First the attention step of one layer at the shapes of the bars, also
+with its keys cut otherwise, then a whole step of `nsa_small`.
 """
 
 import argparse
@@ -17,9 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks.decode import BARS, CFG, DEVICE, DTYPE, D, G, H, Step, captured, small_model
+from nsa.kernels import decode
 from nsa.step_graph import StepGraph
 
 CALLS = 20
+CUTS = [(decode.MOST_PARTS, decode.RESIDENT), (16, 2), (32, 2), (64, 1), (64, 3), (64, 4), (128, 4)]
 SHOWN_NAME = 56
 
 
@@ -70,9 +72,9 @@ def bytes_moved(context: int, batch: int) -> dict[str, int]:
     scores = batch * H * blocks * 4
     return {
         "attend_compressed": blocks * row + scores,
-        "choose": 2 * scores,
+        "rank_blocks": scores,
         "attend_tokens": tokens * row,
-        "append": (CFG.compress_block_size + 6) * row,
+        "append_kernel": (CFG.compress_block_size + 6) * row,
     }
 
 
@@ -121,6 +123,17 @@ def measure_attention(context: int, batch: int) -> None:
 
 
 @torch.no_grad()
+def measure_cuts(context: int, batch: int) -> None:
+    """The same step with its keys cut into fewer and more parts."""
+    for most, resident in CUTS:
+        decode.MOST_PARTS, decode.RESIDENT = most, resident
+        step = Step(context, batch)
+        time = replay_microseconds(captured(step))
+        print(f"  at most {most:3d} parts, {resident} programs a multiprocessor: {time:.1f} us")
+    decode.MOST_PARTS, decode.RESIDENT = CUTS[0]
+
+
+@torch.no_grad()
 def measure_model() -> None:
     model = small_model()
     cache = model.empty_cache(1, 1024)
@@ -144,6 +157,7 @@ def main() -> None:
     shapes = [(options.context, options.batch)] if options.context else [*BARS]
     for context, batch in shapes:
         measure_attention(context, batch)
+        measure_cuts(context, batch)
     measure_model()
 
 
