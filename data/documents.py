@@ -13,37 +13,46 @@ from data.sources import pieces, release
 from data.tokenizer import AnyTokenizer
 
 BATCH = 1 << 20  # bytes of documents tokenized together; a longer document is cut
-PIECES = 16  # of a text, tokenized together
+MOST = 1 << 14  # documents tokenized together: of short ones, what is kept for each counts
+PIECES = 8  # of a text, tokenized together
 HELD = 1 << 25  # bytes read of mapped files before their memory is given back
 
+Texts = pa.StringArray | pa.LargeStringArray
+OFFSETS = {pa.string(): np.int32, pa.large_string(): np.int64}
 SplitOf = Callable[[NDArray[np.uint64]], NDArray[np.str_]]  # of documents by their numbers
 
 
-def documents(texts: pa.LargeStringArray) -> Iterator[pa.LargeStringArray]:
-    """Documents in batches of at most `BATCH` bytes; a longer one comes alone."""
-    ends = offsets(texts)[1:]
+def documents(texts: Texts) -> Iterator[Texts]:
+    """Documents in batches of at most `BATCH` bytes, without a copy; a longer one comes alone."""
+    places = offsets(texts)
     start = 0
     while start < len(texts):
-        before = ends[start - 1] if start else offsets(texts)[0]
-        stop = int(np.searchsorted(ends, before + BATCH, side="right"))
+        most = places[start + 1 : start + 1 + MOST]
+        stop = start + int(np.searchsorted(most, int(places[start]) + BATCH, side="right"))
         stop = max(stop, start + 1)
         yield texts[start:stop]
         start = stop
 
 
-def offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
+def with_text(texts: Texts) -> Texts:
+    """The documents that are not empty; null has no bytes."""
+    filled = np.diff(offsets(texts)) > 0
+    return texts if filled.all() else texts.filter(pa.array(filled))
+
+
+def offsets(texts: Texts) -> NDArray[np.integer]:
     """Where each document of an array begins in its bytes, and where the last one ends: [n + 1]."""
-    every = np.frombuffer(texts.buffers()[1], np.int64)
+    every = np.frombuffer(texts.buffers()[1], OFFSETS[texts.type])
     return every[texts.offset : texts.offset + len(texts) + 1]
 
 
-def text_bytes(texts: pa.LargeStringArray) -> NDArray[np.uint8]:
+def text_bytes(texts: Texts) -> NDArray[np.uint8]:
     """The bytes of documents, one after the other, without a copy."""
     places = offsets(texts)
     return np.frombuffer(texts.buffers()[2] or b"", np.uint8)[places[0] : places[-1]]
 
 
-def text_strings(texts: pa.LargeStringArray) -> Iterator[str]:
+def text_strings(texts: Texts) -> Iterator[str]:
     """Documents as strings, a long one in pieces."""
     for start, stop in pairwise(offsets(texts).tolist()):
         document = np.frombuffer(texts.buffers()[2], np.uint8)[start:stop]
@@ -69,7 +78,7 @@ def write_text(
 def write_documents(
     writer: ShardWriter,
     tokenizer: AnyTokenizer,
-    batches: Iterable[pa.LargeStringArray],
+    batches: Iterable[Texts],
     split_of: SplitOf,
     max_tokens: int | None,
 ) -> None:
@@ -95,7 +104,7 @@ def write_documents(
 def write_batch(
     writer: ShardWriter,
     tokenizer: AnyTokenizer,
-    batch: pa.LargeStringArray,
+    batch: Texts,
     splits: NDArray[np.str_],
     max_tokens: int | None,
 ) -> int:

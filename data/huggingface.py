@@ -3,24 +3,24 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data.documents import BATCH, HELD, documents, offsets
+from data import hub
+from data.documents import BATCH, HELD, OFFSETS, Texts, documents, with_text
 from data.sources import local_files, release, stamp, unpacked
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 ROWS_VERSION = 2  # of what is taken for the rows of a split: tokens of other versions are made anew
-ROWS = 256  # read at once, at most
-SAMPLED_ROWS = 16  # tell how large rows are
+ROWS = 1 << 14  # of shuffled ones, read at once, at most
 SHUFFLE_BUFFER = 10_000  # documents among which a stream is shuffled
 
 
@@ -78,7 +78,7 @@ class DatasetChoice:
             s: [names] if isinstance(names, str) else list(names) for s, names in groups.items()
         }
 
-    def batches(self, split: str) -> Iterator[pa.LargeStringArray]:
+    def batches(self, split: str) -> Iterator[Texts]:
         """The text of a split's rows, with a progress bar; rows without any are left out.
 
         Raises:
@@ -87,36 +87,39 @@ class DatasetChoice:
         data = self._shuffled(self._load(split))
         held, mapped = 0, [entry["filename"] for entry in getattr(data, "cache_files", [])]
         with tqdm(desc=f"{self.name} {split}", unit=" rows", delay=1) as bar:
-            for table in self._read(split, data):
-                for batch in documents(self._texts(table, bar.n)):
-                    yield batch
+            for chunk in self._chunks(split, data):
+                for batch in documents(self._texts(chunk, bar.n)):
+                    yield with_text(batch)
                     held += batch.nbytes
                     if held >= HELD:
                         held = release(mapped)
-                bar.update(len(table))
+                bar.update(len(chunk))
         release(mapped)
 
-    def _read(self, split: str, data: "Dataset | IterableDataset") -> Iterator[pa.Table]:
-        try:
-            rows = rows_at_once(data, self.text_column)
-            yield from data.with_format("arrow").iter(batch_size=rows)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:  # a stream is read here
-            self._refuse(split, error)
+    def _chunks(self, split: str, data: "Dataset | IterableDataset") -> Iterator[pa.Array]:
+        """The column of text as it lies in memory, or as it arrives."""
+        tables = tables_of(data)
+        while True:
+            try:
+                table = next(tables, None)
+            except (OSError, ValueError, RuntimeError, TypeError) as error:  # a stream is read here
+                self._refuse(split, error)
+            if table is None:
+                return
+            if self.text_column not in table.column_names:
+                raise ValueError(
+                    f"data.text_column={self.text_column!r} is no column of {self.name}: it has "
+                    f"{', '.join(table.column_names)}"
+                )
+            yield from table[self.text_column].chunks
 
-    def _texts(self, table: pa.Table, first: int) -> pa.LargeStringArray:
-        """The column of text, without empty rows; `first` is the number of the table's first."""
-        if self.text_column not in table.column_names:
-            raise ValueError(
-                f"data.text_column={self.text_column!r} is no column of {self.name}: it has "
-                f"{', '.join(table.column_names)}"
-            )
-        column = table[self.text_column]
-        if column.null_count == len(column):
-            return pa.array([], pa.large_string())
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            refuse_rows(self.text_column, column, first)
-        texts = column.cast(pa.large_string()).combine_chunks()
-        return texts.filter(pa.array(np.diff(offsets(texts)) > 0))  # null has no bytes
+    def _texts(self, chunk: pa.Array, first: int) -> Texts:
+        """A part of the column of text; `first` is the number of its first row."""
+        if chunk.null_count == len(chunk):
+            return pa.array([], pa.string())
+        if chunk.type not in OFFSETS:
+            refuse_rows(self.text_column, chunk, first)
+        return chunk
 
     def _load(self, split: str) -> "Dataset | IterableDataset":
         import datasets  # takes a second to import
@@ -126,14 +129,15 @@ class DatasetChoice:
         try:
             if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
                 return self._saved(folder, split)
-            return datasets.load_dataset(
-                str(folder) if folder.exists() else self.name,
-                self.config,
-                split=split,
-                data_files=self.data_files,
-                revision=self.revision,
-                streaming=self.streaming,
-            )
+            with nullcontext() if self.files() else hub.asked_once():
+                return datasets.load_dataset(
+                    str(folder) if folder.exists() else self.name,
+                    self.config,
+                    split=split,
+                    data_files=self.data_files,
+                    revision=self.revision,
+                    streaming=self.streaming,
+                )
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, DatasetsError) as error:
             self._refuse(split, error)
 
@@ -155,11 +159,7 @@ class DatasetChoice:
         if self.name == "json" and (line := broken_line(self.files(), self.text_column)):
             reasons.append(line)
         if isinstance(error, OSError | ConnectionError) and not self.files():
-            reasons.append(
-                "Without a network, take files of this machine (data.name=json "
-                "data.data_files=corpus.jsonl), HF_HUB_OFFLINE=1 with a dataset that was fetched "
-                "before, or data=stdlib"
-            )
+            reasons.append(hub.WAY_OUT)
         raise ValueError(
             f"data.name={self.name!r} data.config={self.config!r}: split {split!r} cannot be "
             f"loaded: {'. '.join(reasons)}"
@@ -195,10 +195,30 @@ def refuse_shared(option: str, name: str, other: str, its: str) -> NoReturn:
     )
 
 
-def rows_at_once(data: "Dataset | IterableDataset", column: str) -> int:
-    """As many rows as hold about `BATCH` bytes, judged by the first ones."""
-    rows = [len(str(cast(dict, row).get(column))) for row in data.take(SAMPLED_ROWS)]
-    return max(1, min(ROWS, BATCH * len(rows) // (sum(rows) + 1)))
+def tables_of(data: "Dataset | IterableDataset") -> Iterator[pa.Table]:
+    """The rows of a dataset in tables, of which none is copied to make it of a certain size."""
+    from datasets import Dataset
+
+    if not isinstance(data, Dataset):
+        stream = data.with_format("arrow")._ex_iterable
+        if stream.iter_arrow is not None:
+            yield from (table for _, table in stream.iter_arrow())
+        else:
+            yield from data.with_format("arrow").iter(batch_size=1)
+    elif data._indices is None:
+        yield data.with_format("arrow")[:]
+    else:
+        yield from shuffled_rows(data.with_format("arrow"))
+
+
+def shuffled_rows(data: "Dataset") -> Iterator[pa.Table]:
+    """Rows in an order of their own, about `BATCH` bytes at once: each batch tells of the next."""
+    start, rows = 0, 1
+    while start < len(data):
+        table = data[start : start + rows].combine_chunks()  # of which each row is one
+        yield table
+        start += rows
+        rows = max(1, min(2 * rows, ROWS, rows * BATCH // (table.nbytes + 1)))
 
 
 def refuse_rows(column: str, values: pa.Array, first: int) -> NoReturn:

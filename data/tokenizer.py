@@ -6,6 +6,7 @@ All have `vocab_size`, `eot` (the id that ends a document, or None), `encode`, `
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data import hub
 from data.shards import file_sha256
 from data.sources import local_files, stamp
 
@@ -203,7 +205,8 @@ def _load_subword(name: str) -> SubwordTokenizer:
         return SubwordTokenizer(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
     from transformers import AutoTokenizer  # takes seconds to import
 
-    found = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+    with nullcontext() if path.is_dir() else hub.asked_once():
+        found = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     if not found.is_fast:
         raise ValueError("it has no fast form, which is what is used here")
     return SubwordTokenizer(found.backend_tokenizer, found.eos_token_id)

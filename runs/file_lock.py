@@ -33,14 +33,20 @@ class NamedLock:
         Raises:
             Timeout: if another process still holds it.
         """
+        first = FIRST_LOOK if patience < 0 else min(patience, FIRST_LOOK)
+        try:
+            self.take(first)
+        except Timeout:
+            log.warning("%s", self.waiting())
+            self.take(patience if patience < 0 else patience - first)
+
+    def take(self, patience: float = 0) -> None:
+        """As `acquire`, without a word."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="flock not supported")  # it is said below
-            try:
-                first = FIRST_LOOK if patience < 0 else min(patience, FIRST_LOOK)
-                self._lock.acquire(timeout=first)
-            except Timeout:
-                log.warning("%s", self.waiting())
-                self._lock.acquire(timeout=patience if patience < 0 else patience - first)
+            warnings.filterwarnings(
+                "ignore", message="flock not supported"
+            )  # whoever waits says it
+            self._lock.acquire(timeout=patience)
         if not isinstance(self._lock, SoftFileLock):  # that one names its holder itself
             self.path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from runs.file_lock import NamedLock
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def free_gpu(
 ) -> Iterator[int]:
     """The number of a GPU that nobody else holds, waited for if need be and held until the end.
 
-    The system lets go of the lock of a process that dies.
+    The system lets go of the lock of a process that dies; see `NamedLock` where it cannot.
 
     Args:
         choice: the GPUs to choose from, as `visible` has them.
@@ -40,10 +42,11 @@ def free_gpu(
     """
     folder = folder or lock_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    locks = {number: FileLock(folder / f"{gpu}.lock") for number, gpu in choice.items()}
+    locks = {number: NamedLock(folder / f"{gpu}.lock") for number, gpu in choice.items()}
     number = acquire_any(locks)
     if number is None:
-        log.info("waiting for a free GPU: other jobs hold all %d", len(locks))
+        for lock in locks.values():
+            log.warning("%s", lock.waiting())
     while number is None:
         time.sleep(poll_seconds)
         number = acquire_any(locks)
@@ -53,11 +56,11 @@ def free_gpu(
         locks[number].release()
 
 
-def acquire_any(locks: Mapping[int, FileLock]) -> int | None:
+def acquire_any(locks: Mapping[int, NamedLock]) -> int | None:
     """Take the first lock that is free and return its number; None where all are taken."""
     for number, lock in locks.items():
         try:
-            lock.acquire(timeout=0)
+            lock.take()
         except Timeout:
             continue
         return number

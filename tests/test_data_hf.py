@@ -11,9 +11,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from transformers import PreTrainedTokenizerFast
 
 from data.datamodule import HuggingFaceDataModule, TextDataModule
+from data.huggingface import tables_of
 from data.tokenizer import (
     END_OF_TEXT,
     SubwordTokenizer,
@@ -361,3 +363,33 @@ def test_documents_of_any_length_keep_their_text(
     for split, tokens in module.splits.items():
         size = sum(len(d.encode()) + 1 for d in documents(module, split))
         assert module.bytes_per_token(split) == pytest.approx(size / len(tokens))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("http_proxy", raising=False)
+    for settings in (constants, datasets.config):
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*\. Without a network, take files"):
+        hf(name="nobody/nothing", data_files=None)
+    with pytest.raises(ValueError, match=r"data\.tokenizer='nobody/nothing' cannot be loaded"):
+        hf(tokenizer="nobody/nothing", vocab_size=300)
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("http://127.0.0.1:9 cannot be reached" in message for message in messages) == 2
+    assert not any("Retrying" in message for message in messages)
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE  # another may answer
+
+
+def test_no_more_of_a_corpus_is_held_than_arrives_at_once(tmp_path: Path) -> None:
+    """Short rows first: how large rows are, the first ones do not tell."""
+    sizes = [10] * 300 + [1 << 19] * 60
+    rows = [{"text": "x" * size, "number": i} for i, size in enumerate(sizes)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"data_files": "mixed.jsonl", "split": "train"}
+    stream = datasets.load_dataset("json", **options, streaming=True)
+    arrived = [table.nbytes for table in tables_of(stream)]
+    assert len(arrived) > 2 and max(arrived) < sum(arrived) / 2
+    shuffled = datasets.load_dataset("json", **options).shuffle(seed=0)
+    tables = list(tables_of(shuffled))
+    assert sum(map(len, tables)) == len(sizes) and all(t["text"].num_chunks == 1 for t in tables)
+    assert max(table.nbytes for table in tables) < sum(arrived) / 2

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from filelock import Timeout
 from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
 
+from runs import gpus
 from runs.file_lock import NamedLock, held
 from runs.lock import RunLock
 
@@ -78,13 +80,19 @@ def test_a_folder_that_the_clock_names_is_a_new_one(tmp_path: Path) -> None:
     assert [name.partition("_")[2] for name in taken] == ["", "2", "3"]
 
 
-def test_without_flock_a_lock_is_a_file_that_says_whose_it_is(
-    tmp_path: Path, monkeypatch, caplog
-) -> None:
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some file systems that several machines share."""
+
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_without_flock_a_lock_is_a_file_that_says_whose_it_is(
+    tmp_path: Path, no_flock: None, caplog
+) -> None:
     path = tmp_path / "a.lock"
     with held(path):
         assert path.read_text().split()[:2] == [str(os.getpid()), socket.gethostname()]
@@ -102,3 +110,16 @@ def test_who_waits_says_for_whom(tmp_path: Path, caplog) -> None:
         NamedLock(path).acquire(0.1)
     here = f"process {os.getpid()} on {socket.gethostname()}"
     assert f"waiting for {here}, which holds {path}" in caplog.text
+
+
+def test_a_gpu_is_waited_for_by_name_without_flock_too(
+    tmp_path: Path, no_flock: None, caplog
+) -> None:
+    gpu = tmp_path / "a.lock"
+    gpu.write_text("7\nnode9\n")
+    with gpus.free_gpu({0: "a", 1: "b"}, tmp_path) as number:
+        assert number == 1
+    threading.Timer(0.05, gpu.unlink).start()  # as whoever reads the message does
+    with gpus.free_gpu({0: "a"}, tmp_path, poll_seconds=0.01) as number:
+        assert number == 0
+    assert f"waiting for process 7 on node9, which holds {gpu}" in caplog.text
