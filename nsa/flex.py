@@ -80,7 +80,7 @@ def create_fine_mask(
 ) -> Callable[..., BlockMask]:
     """A function from chosen blocks to their mask: `fine_mask(block_indices, num_grouped_queries)`.
 
-    It takes int32 [B, T, G, N] with -1 in empty slots, and R, the query heads that share a list.
+    It takes int32 [B, T, G, N] with -1 in empty slots, and R, the query heads a selection serves.
     """
 
     def fine_mask(block_indices: Int[Tensor, "B T G N"], num_grouped_queries: int = 1) -> BlockMask:

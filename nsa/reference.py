@@ -216,8 +216,9 @@ def selected_attention(
     *,
     positions: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H Dv"]:
-    """Attention over the tokens of the selected blocks (eq. 12); J is G, or H: a list a query head.
+    """Attention over the tokens of the selected blocks (eq. 12).
 
+    J is G, or H, where every query head has a selection of its own.
     `block_gates` multiply the scores of their block's tokens; gates of value 1 that carry a
     gradient (straight-through) let the loss reach the importances.
     """

@@ -94,8 +94,8 @@ def assert_no_worse(
     outputs = oracle(*inputs)
     number = len(outputs) if isinstance(outputs, tuple) else 1
     names = [f"out{i}" for i in range(number)] + [f"d{i}" for i in range(len(inputs))]
-    rules = {"strict": repeat, "roundings": roundings, "floor": 1.0}
-    verdict = judge(op, oracle, inputs, " ".join(names), torch.float32, **rules)
+    options = {"strict": repeat, "roundings": roundings, "floor": 1.0}
+    verdict = judge(op, oracle, inputs, " ".join(names), torch.float32, **options)
     assert verdict.ok, f"errors over their budgets: {verdict.text}"
 
 
@@ -188,16 +188,16 @@ def poisoned_empty() -> Iterator[None]:
 
 
 @contextmanager
-def loop_order(tiles: bool) -> Iterator[None]:
+def loop_order(tile_order: bool) -> Iterator[None]:
     """Triton's selected attention in one of its two loop orders, whatever the sizes."""
     from nsa.kernels import selected
 
-    chosen_by_size = selected.prefers_tiles
-    selected.prefers_tiles = lambda *sizes: tiles
+    chosen_by_size = selected.prefers_tile_order
+    selected.prefers_tile_order = lambda *sizes: tile_order
     try:
         yield
     finally:
-        selected.prefers_tiles = chosen_by_size
+        selected.prefers_tile_order = chosen_by_size
 
 
 @contextmanager

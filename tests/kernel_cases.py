@@ -19,7 +19,7 @@ from torch import Tensor
 import nsa.kernels as kernels
 from nsa import blocks, pooling, reference, rotary
 from nsa.config import NSAConfig
-from nsa.kernels.block_order import lists
+from nsa.kernels.block_order import inverted_lists
 from nsa.rotary import rotary_angles
 from nsa.testing import by_descriptor, judge, judge_selection, loop_order
 
@@ -51,7 +51,8 @@ class Case:
     logits: float = 1.0  # a factor on the queries
     memories: int = 0
     described: bool = True  # tiles by descriptor where sizes and GPU allow it
-    chunk_bytes: tuple[int, int] = lists.PARTIAL_BYTES  # partial results of a chunk: least, most
+    # Partial results of a chunk: least, most.
+    chunk_bytes: tuple[int, int] = inverted_lists.PARTIAL_BYTES
 
     @property
     def cfg(self) -> NSAConfig:
@@ -217,8 +218,8 @@ def check_selected(case: Case, compare: Callable, x: dict[str, Tensor], lse: Ten
                 (q, k, v),
                 "out dq dk dv",
             )
-    lists.PARTIAL_BYTES = (2**20, 2**20)  # several chunks
-    lists.ITEM_ROWS = 256  # several items a list
+    inverted_lists.PARTIAL_BYTES = (2**20, 2**20)  # several chunks
+    inverted_lists.ITEM_ROWS = 256  # several items a list
     compare(
         "selected, gates",
         lambda q, k, v, g: kernels.selected_attention(q, k, v, indices, cfg, g),
@@ -309,7 +310,7 @@ def main(name: str) -> int:
         check_addresses()
     else:
         case = CASES[name]
-        chunked = patch.object(lists, "PARTIAL_BYTES", case.chunk_bytes)
+        chunked = patch.object(inverted_lists, "PARTIAL_BYTES", case.chunk_bytes)
         with by_descriptor(case.described), chunked:
             check_case(case)
     return int(bool(FAILED))

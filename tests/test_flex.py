@@ -102,7 +102,7 @@ def inputs(num_tokens: int, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_backend_computes_what_the_reference_does(num_tokens: int, causal: bool) -> None:
     cfg = config(causal)
     q, k, v = inputs(num_tokens)
-    for heads in (2, 4):  # a list of blocks a key/value head, or a query head
+    for heads in (2, 4):  # a selection a key/value head, or a query head
         indices = some_indices(num_tokens, heads, cfg)
         indices[:, :: max(2, num_tokens - 1)] = -1
         got = ops.selected_attention(q, k, v, indices, cfg, backend="flex")

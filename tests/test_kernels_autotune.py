@@ -38,7 +38,7 @@ def problem(**changes) -> Problem:
 def test_the_first_row_that_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         Row(Tile(1, 1, 1, 1), arch=90),
-        Row(Tile(2, 2, 2, 2), width=64, rule="band"),
+        Row(Tile(2, 2, 2, 2), width=64, mask="band"),
         Row(Tile(3, 3, 3, 3), R=4, T=4096),
         Row(Tile(4, 4, 4, 4), block=32),
         Row(Tile(5, 5, 5, 5)),
@@ -50,7 +50,7 @@ def test_the_first_row_that_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert first() == 4 and first(block=64) == 5
     assert first(R=4) == 3 and first(R=4, T=5000) == 4
-    assert first(D=64, DV=48, rule="band") == 2 and first(D=64, DV=64, rule="bits") == 4
+    assert first(D=64, DV=48, mask="band") == 2 and first(D=64, DV=64, mask="bits") == 4
     assert first(device=torch.device("cuda", 1)) == 1
 
 

@@ -27,11 +27,11 @@ CASES = {  # B, T, H, G, D, Dv, index heads, memories, config
 }
 
 
-@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "blocks"])
+@pytest.mark.parametrize("tile_order", [True, False], ids=["tile order", "block order"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_it_is_the_sum_of_the_branches(case, tiles, monkeypatch):
+def test_it_is_the_sum_of_the_branches(case, tile_order, monkeypatch):
     B, T, H, G, D, Dv, index_heads, memories, cfg = case
-    monkeypatch.setattr(selected, "prefers_tiles", lambda *sizes: tiles)
+    monkeypatch.setattr(selected, "prefers_tile_order", lambda *sizes: tile_order)
     q, k_slc, v_slc = heads(B, T, T, H, G, D, Dv)
     q_rot, k_win, v_win = heads(B, T, T, H, G, D, Dv)
     _, k_cmp, v_cmp = heads(B, T, blocks.num_compress_blocks(T, cfg), H, G, D, Dv)
@@ -91,10 +91,10 @@ def test_shapes_that_do_not_fit_are_refused(changes, message, monkeypatch):
         ops.gated_attention(**tensors, block_indices=indices, cfg=cfg, backend="triton")
 
 
-@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "blocks"])
-def test_how_inputs_lie_in_memory_changes_nothing(tiles, monkeypatch):
+@pytest.mark.parametrize("tile_order", [True, False], ids=["tile order", "block order"])
+def test_how_inputs_lie_in_memory_changes_nothing(tile_order, monkeypatch):
     """As [B, H, T, D] turned around, which is how other attention ops have them."""
-    monkeypatch.setattr(selected, "prefers_tiles", lambda *sizes: tiles)
+    monkeypatch.setattr(selected, "prefers_tile_order", lambda *sizes: tile_order)
     cfg, B, T, H, G, D = config(length=8), 1, 20, 4, 2, 16
 
     def turned(x: torch.Tensor) -> torch.Tensor:

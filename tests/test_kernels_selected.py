@@ -8,7 +8,7 @@ from torch import Tensor
 from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
 from nsa.kernels import selected
-from nsa.kernels.block_order import lists
+from nsa.kernels.block_order import inverted_lists
 from nsa.kernels.block_order import op as block_order
 from nsa.testing import assert_no_worse, poisoned_empty
 
@@ -43,11 +43,11 @@ CASES = {  # B, T, H, G, D, Dv, index heads, config
 }
 
 
-@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "blocks"])
+@pytest.mark.parametrize("tile_order", [True, False], ids=["tile order", "block order"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_selected(case, tiles, monkeypatch):
+def test_selected(case, tile_order, monkeypatch):
     B, T, H, G, D, Dv, index_heads, cfg = case
-    monkeypatch.setattr(selected, "prefers_tiles", lambda *sizes: tiles)
+    monkeypatch.setattr(selected, "prefers_tile_order", lambda *sizes: tile_order)
     indices = random_blocks(B, T, index_heads, cfg)
     assert_no_worse(
         lambda q, k, v: kernels.selected_attention(q, k, v, indices, cfg),
@@ -60,8 +60,8 @@ def test_selected(case, tiles, monkeypatch):
 @pytest.mark.parametrize("index_heads", [1, 2])
 def test_chunks_items_and_gates(index_heads, partial_bytes, monkeypatch):
     """Chunks of tokens or of whole heads, lists of several items; gates get a factor's gradient."""
-    monkeypatch.setattr(lists, "PARTIAL_BYTES", (partial_bytes, partial_bytes))
-    monkeypatch.setattr(lists, "ITEM_ROWS", 1)
+    monkeypatch.setattr(inverted_lists, "PARTIAL_BYTES", (partial_bytes, partial_bytes))
+    monkeypatch.setattr(inverted_lists, "ITEM_ROWS", 1)
     cfg = config(72, 2)
     indices = random_blocks(1, 140, index_heads, cfg)
     gates = torch.ones(indices.shape, dtype=torch.float64, device=DEVICE)
@@ -124,8 +124,8 @@ def test_a_long_block_is_split():
 
 
 def test_the_table_takes_tiles_for_short_sequences():
-    assert selected.prefers_tiles(1024, config(16, 8))
-    assert not selected.prefers_tiles(65536, config(64, 16))
+    assert selected.prefers_tile_order(1024, config(16, 8))
+    assert not selected.prefers_tile_order(65536, config(64, 16))
 
 
 def test_heads_wider_than_256_are_refused():
@@ -139,7 +139,7 @@ def test_heads_wider_than_256_are_refused():
 def test_short_blocks_prefer_tiles_for_longer(length, times_kept):
     cfg = config(length, 64)
     last = times_kept * 64 * length
-    assert selected.prefers_tiles(last, cfg) and not selected.prefers_tiles(last + 1, cfg)
+    assert selected.prefers_tile_order(last, cfg) and not selected.prefers_tile_order(last + 1, cfg)
 
 
 CHUNKS = {  # partial bytes: heads of a chunk, tokens of it, chunks
@@ -152,13 +152,13 @@ CHUNKS = {  # partial bytes: heads of a chunk, tokens of it, chunks
 
 @pytest.mark.parametrize("partial_bytes", CHUNKS)
 def test_every_slot_is_in_one_chunk(partial_bytes, monkeypatch):
-    monkeypatch.setattr(lists, "PARTIAL_BYTES", (partial_bytes, partial_bytes))
+    monkeypatch.setattr(inverted_lists, "PARTIAL_BYTES", (partial_bytes, partial_bytes))
     q = torch.empty(2, 200, 6, 16, dtype=torch.float16, device=DEVICE)
     indices = torch.empty(2, 200, 3, 3, dtype=torch.int32, device=DEVICE)
-    plan = lists.plan_work(q, indices, 16, 16)
+    plan = inverted_lists.plan_work(q, indices, 16, 16)
     assert (plan.heads, plan.tokens, plan.chunks) == CHUNKS[partial_bytes]
     met = torch.zeros(6, 200)
-    for chunk in lists.chunks_of(plan, 6, 200):
+    for chunk in inverted_lists.chunks_of(plan, 6, 200):
         heads = met[chunk.first_head : chunk.first_head + chunk.heads]
         heads[:, chunk.first_token : chunk.first_token + chunk.tokens] += 1
     assert (met == 1).all()
@@ -171,8 +171,8 @@ def test_a_list_holds_its_slots_in_order(num_tokens):
     num_blocks = -(-num_tokens // length)
     indices = torch.randint(num_blocks, (1, num_tokens, 1, 2), device=DEVICE, dtype=torch.int32)
     indices[0, ::5, 0, 1] = -1
-    plan = lists.plan_work(q, indices, length, 16)
-    slots, starts = lists.sort_slots(indices, plan, num_blocks)
+    plan = inverted_lists.plan_work(q, indices, length, 16)
+    slots, starts = inverted_lists.sort_slots(indices, plan, num_blocks)
     assert plan.chunks == 1 and starts.numel() == num_blocks + 1
     listed = slots[: starts[-1]].long()
     block = indices.flatten()[listed]
@@ -183,15 +183,15 @@ def test_a_list_holds_its_slots_in_order(num_tokens):
 
 def test_every_list_has_an_item_that_writes_its_block(monkeypatch):
     """An empty one, too, but none of the head that the last chunk lacks."""
-    monkeypatch.setattr(lists, "PARTIAL_BYTES", (12000, 12000))
-    monkeypatch.setattr(lists, "ITEM_ROWS", 1)
+    monkeypatch.setattr(inverted_lists, "PARTIAL_BYTES", (12000, 12000))
+    monkeypatch.setattr(inverted_lists, "ITEM_ROWS", 1)
     q = torch.empty(1, 80, 3, 16, dtype=torch.float16, device=DEVICE)
     indices = torch.zeros(1, 80, 3, 2, dtype=torch.int32, device=DEVICE)  # all keep block 0
     indices[..., 1] = -1
-    plan = lists.plan_work(q, indices, 16, 16)
+    plan = inverted_lists.plan_work(q, indices, 16, 16)
     assert (plan.heads, plan.chunks, plan.lists, plan.all_lists) == (2, 2, 10, 15)
-    _, starts = lists.sort_slots(indices, plan, 5)
-    ends, item_lists, shared_ends = lists.cut_items(starts, plan)
+    _, starts = inverted_lists.sort_slots(indices, plan, 5)
+    ends, item_lists, shared_ends = inverted_lists.cut_items(starts, plan)
     items = ends.diff(prepend=ends.new_zeros(2, 1))
     assert items.tolist() == [[2, 1, 1, 1, 1] * 2, [2, 1, 1, 1, 1] + [0] * 5]
     assert item_lists[0, :12].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
@@ -202,4 +202,4 @@ def test_too_many_slots_are_refused():
     q = torch.empty(1, device=DEVICE).expand(1, 2**20, 16, 16)
     indices = torch.empty(1, dtype=torch.int32, device=DEVICE).expand(1, 2**20, 16, 128)
     with pytest.raises(ValueError, match="smaller micro-batch"):
-        lists.plan_work(q, indices, 64, 16)
+        inverted_lists.plan_work(q, indices, 64, 16)

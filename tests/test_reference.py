@@ -85,7 +85,7 @@ def test_everything_selected_or_in_the_window_is_dense(
 
 @pytest.mark.parametrize("heads", [G, H])
 def test_selection_and_window_see_what_their_masks_show(heads: int) -> None:
-    """`heads`: one list of blocks a key/value head, or one a query head."""
+    """`heads`: one selection a key/value head, or one a query head."""
     q, k, v = qkv(50)
     indices = some_indices(50, heads)
     mask = repeat(blocks.selected_tokens(indices, 50, CFG), "B T J K -> B (J r) T K", r=H // heads)

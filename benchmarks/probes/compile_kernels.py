@@ -152,8 +152,8 @@ def exercise(
     indices = torch.zeros_like(indices)
     gates = kernels.selected_importance(q, k_cmp, lse, indices, cfg)
     out = torch.zeros_like(out_win)
-    for tiles in (True, False):
-        selected.prefers_tiles = lambda *sizes, tiles=tiles: tiles
+    for order in (True, False):
+        selected.prefers_tile_order = lambda *sizes, order=order: order
         out_slc = kernels.selected_attention(q, k, v, indices, cfg)
         out = out + kernels.combine(new(B, T, H, 3), out_cmp, out_slc, out_win)
         rotated = q, k, v, indices, k, v
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         registers, stack = resources(compiled)
         matrix = " ".join(sorted(set(re.findall(MATRIX, compiled.asm["ptx"]))))
         worst = max(worst, compiled.metadata.shared)
-        variant = values.get("RULE", "gates" if values.get("GATES") else "")
+        variant = values.get("MASK", "gates" if values.get("GATES") else "")
         tile = "x".join(str(values[key]) for key in ("ROWS", "KEYS") if key in values)
         print(
             f"{name:22s}{variant:7s}{tile:8s}warps {options.get('num_warps')} "
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         autotune.choose = every_candidate
     compile_instead(args.arch, args.kernel, set(), report)
     dtype = getattr(torch, args.dtype)
-    tile_order.num_multiprocessors = lambda device: 132  # so that dK and dV have parts to sum
+    tile_order.num_multiprocessors = lambda device: 132  # so that dK and dV have partial sums
     for long in (True, False):
         with by_descriptor(long):
             # Two sequences: compressed keys, no whole tiles, are described in four dimensions.

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.probes.host_overhead import no_gpu
 from benchmarks.workloads import LAYOUTS, Layout, Workload, nsa
-from nsa.kernels.block_order import lists
+from nsa.kernels.block_order import inverted_lists
 from nsa.testing import loop_order
 
 SCALE = 16
@@ -44,8 +44,8 @@ def allocations(layout: Layout, tokens: int) -> list[Allocation]:
         out = nsa(w, w.backend, leaves)
         torch.autograd.grad(out, leaves, torch.empty_like(out))
 
-    scaled = tuple(size // SCALE for size in lists.PARTIAL_BYTES)
-    with no_gpu(), loop_order(False), patch.object(lists, "PARTIAL_BYTES", scaled):
+    scaled = tuple(size // SCALE for size in inverted_lists.PARTIAL_BYTES)
+    with no_gpu(), loop_order(False), patch.object(inverted_lists, "PARTIAL_BYTES", scaled):
         step()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
             step()

@@ -19,7 +19,7 @@ from nsa.kernels.tile_sizes import Problem, Tile, candidates, table_tile, tiles
 from nsa.testing import any_order
 
 OP = {"prefix": "compressed", "band": "window", "bits": "selected tiles", "": "selected blocks"}
-KINDS = (  # kernel and rule, the most valuable first
+KINDS = (  # kernel and variant: a mask, or a loop order; the most valuable first
     *(("block_bwd", ""), ("block_fwd", ""), ("merge", "")),
     *(("attend_dkv", "prefix"), ("attend_dq", "prefix"), ("attend_fwd", "prefix")),
     *(("attend_dkv", "band"), ("attend_dq", "band"), ("attend_fwd", "band")),
@@ -35,13 +35,15 @@ DISAGREEING = 1e-3  # share of chosen blocks, likewise
 class Survey:
     """Times a kernel's candidates where it is first launched; other kernels go by the table."""
 
-    def __init__(self, kernel: str, rule: str, timer: Callable[[Callable], float] | None) -> None:
-        self.kernel, self.rule, self.timer = kernel, rule, timer  # no timer: compile only
+    def __init__(
+        self, kernel: str, variant: str, timer: Callable[[Callable], float] | None
+    ) -> None:
+        self.kernel, self.variant, self.timer = kernel, variant, timer  # no timer: compile only
         self.rows: list[dict[str, Any]] = []
 
     def __call__(self, problem: Problem, launch: Callable[[Tile], Any]) -> Tile:
         first = table_tile(problem)
-        if (problem.kernel, problem.rule) == (self.kernel, self.rule) and not self.rows:
+        if (problem.kernel, problem.mask) == (self.kernel, self.variant) and not self.rows:
             want = launch(first)
             self.rows = [self.row(tile, launch, want) for tile in tried(problem)]
             self.rows[0]["table"] = 1
@@ -90,7 +92,7 @@ def largest(x: Tensor) -> float:
 
 
 def survey(
-    w: Workload, kernel: str, rule: str, timer: Callable[[Callable], float] | None
+    w: Workload, kernel: str, variant: str, timer: Callable[[Callable], float] | None
 ) -> list[dict[str, Any]]:
     """Rows of every candidate of a kernel on one workload.
 
@@ -99,9 +101,9 @@ def survey(
     """
     if kernel == "orders":
         return orders(w)
-    item = OURS["select" if kernel == "select" else OP[rule]](w)
+    item = OURS["select" if kernel == "select" else OP[variant]](w)
     _ = w.indices  # before the survey begins
-    chosen = Survey(kernel, rule, timer)
+    chosen = Survey(kernel, variant, timer)
     with patch.object(autotune, "choose", chosen), any_order(item.order):
         run(item.op, item.inputs, backward=kernel not in FORWARD)
     return chosen.rows
@@ -117,11 +119,11 @@ def run(op: Callable[..., Any], inputs: Sequence[Tensor], *, backward: bool) -> 
 def orders(w: Workload) -> list[dict[str, Any]]:
     """Forward and backward of selected attention in both loop orders, with the table's tiles."""
     rows = []
-    for rule in ("tiles", "blocks"):
-        item = OURS[f"selected {rule}"](w)
+    for variant in ("tiles", "blocks"):
+        item = OURS[f"selected {variant}"](w)
         with any_order(item.order):
             times = forward_and_backward(item.op, item.inputs, w.device, seconds=0.05)
-        rows.append({"rule": rule, "status": "ok", "ms": times["step_ms"]})
+        rows.append({"variant": variant, "status": "ok", "ms": times["step_ms"]})
     return rows
 
 

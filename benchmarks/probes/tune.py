@@ -35,7 +35,7 @@ MODULE = "benchmarks.probes.tune"
 TOKENS = (65536, 8192, 32768, 16384, 4096, 2048, 1024)
 TELLING = 2  # so many of the lengths come first, for all kernels
 AHEAD = (1024,)  # lengths at which kernels are compiled ahead
-JOB = ("kernel", "rule", "heads", "kv_heads", "dim_head", "tokens")
+JOB = ("kernel", "variant", "heads", "kv_heads", "dim_head", "tokens")
 COLUMNS = (*JOB, "dtype", "rows", "keys", "warps", "stages", "table", "status", "error", "ms",
            "device", "torch", "triton", "date", "commit")  # fmt: skip
 TINY = Layout(4, 2, 16)  # of a rehearsal
@@ -67,9 +67,9 @@ def jobs_of(options: argparse.Namespace, tokens: Sequence[int]) -> list[Job]:
     on_cpu = options.device.type == "cpu"
     layouts = [TINY] if on_cpu else [LAYOUTS[name] for name in options.heads]
     return [
-        {"kernel": kernel, "rule": rule, **layout.columns, "tokens": T}
+        {"kernel": kernel, "variant": variant, **layout.columns, "tokens": T}
         for lengths in (tokens[:TELLING], tokens[TELLING:])
-        for kernel, rule in KINDS
+        for kernel, variant in KINDS
         if kernel in options.op
         for T in lengths
         for layout in layouts
@@ -78,7 +78,7 @@ def jobs_of(options: argparse.Namespace, tokens: Sequence[int]) -> list[Job]:
 
 def named(job: Mapping[str, Any]) -> str:
     heads = f"{job['heads']}/{job['kv_heads']} D{job['dim_head']}"
-    return f"{job['kernel']:<10} {job['rule']:<6} {heads:<10} T {job['tokens']:>6}"
+    return f"{job['kernel']:<10} {job['variant']:<6} {heads:<10} T {job['tokens']:>6}"
 
 
 # ---- tune.csv ------------------------------------------------------------
@@ -103,8 +103,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def key(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Which job a row belongs to; both loop orders are one job."""
-    rule = "" if row["kernel"] == "orders" else row["rule"]
-    return tuple(str(row[name]) if name != "rule" else rule for name in JOB)
+    variant = "" if row["kernel"] == "orders" else row["variant"]
+    return tuple(str(row[name]) if name != "variant" else variant for name in JOB)
 
 
 # ---- the worker ------------------------------------------------------------
@@ -126,7 +126,7 @@ def work(told: Assignment, options: argparse.Namespace) -> None:
         w = workload(job, options)
         try:
             timer = milliseconds if on_gpu else clock_milliseconds
-            rows = survey(w, job["kernel"], job["rule"], timer)
+            rows = survey(w, job["kernel"], job["variant"], timer)
         except Unavailable:
             continue
         dtype = str(w.dtype).removeprefix("torch.")
@@ -151,7 +151,7 @@ def compile_ahead(shard: int, shards: int, stop: float, options: argparse.Namesp
         if time.time() > stop:
             return
         if job["kernel"] != "orders":
-            survey(workload(job, options), job["kernel"], job["rule"], None)
+            survey(workload(job, options), job["kernel"], job["variant"], None)
 
 
 # ---- the leader ------------------------------------------------------------
@@ -199,8 +199,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     if not good:
         return f"{named(rows[0])}  {rows[0]['status']}"
     if rows[0]["kernel"] == "orders":
-        times = "  ".join(f"{row['rule']} {float(row['ms']):.3f} ms" for row in good)
-        return f"{named(rows[0] | {'rule': ''})}  {times}"
+        times = "  ".join(f"{row['variant']} {float(row['ms']):.3f} ms" for row in good)
+        return f"{named(rows[0] | {'variant': ''})}  {times}"
     best = min(good, key=lambda row: float(row["ms"]))
     now = next((row for row in good if row.get("table")), best)
     gain = float(now["ms"]) / float(best["ms"])
@@ -219,7 +219,7 @@ def crossings(jobs: Iterable[Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     """From which length on the block order is ahead, by heads."""
     ratios: dict[str, dict[int, float]] = defaultdict(dict)
     for rows in jobs:
-        times = {row["rule"]: float(row["ms"]) for row in rows if row["kernel"] == "orders"}
+        times = {row["variant"]: float(row["ms"]) for row in rows if row["kernel"] == "orders"}
         if len(times) == 2:
             heads = f"{rows[0]['heads']}/{rows[0]['kv_heads']} D{rows[0]['dim_head']}"
             ratios[heads][int(rows[0]["tokens"])] = times["tiles"] / times["blocks"]

@@ -3,7 +3,7 @@
 A block is a pair: its rank, an int32 made of its score, and a tie, a uint32 that falls as its index
 grows. The pair is one key of 64 bits to compare, but two numbers to exchange: of keys in one piece
 the compiler makes a maximum and a minimum, and each compares anew. Arrays are [blocks, W] for W
-lists, and the networks run along axis 0: a thread that holds whole columns exchanges registers.
+sets, and the networks run along axis 0: a thread that holds whole columns exchanges registers.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -120,11 +120,11 @@ def keep_best(best, best_tie, rank, tie, LOG_ROWS: tl.constexpr, LOG_KEPT: tl.co
 
 
 @jit
-def one_list(best, best_tie, LOG_KEPT: tl.constexpr):
-    """[KEPT, W/2] from [KEPT, W]: of each two lists that lie side by side, the best."""
+def one_set(best, best_tie, LOG_KEPT: tl.constexpr):
+    """[KEPT, W/2] from [KEPT, W]: the best of each two sets that lie side by side."""
     KEPT: tl.constexpr = 2**LOG_KEPT
     W: tl.constexpr = best.shape[1]
-    up = (tl.arange(0, W) % 2 == 1)[None, :]  # the second list upside down: bitonic, as above
+    up = (tl.arange(0, W) % 2 == 1)[None, :]  # the second set upside down: bitonic, as above
     best = tl.reshape(tl.where(up, tl.flip(best, 0), best), [KEPT, W // 2, 2])
     best_tie = tl.reshape(tl.where(up, tl.flip(best_tie, 0), best_tie), [KEPT, W // 2, 2])
     best, best_tie = tl.reduce((best, best_tie), 2, better)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.primitives import operands
-from nsa.kernels.tile_order.op import attend_tiles
+from nsa.kernels.tile_order.op import Mask, attend_tiles
 
 
 def compressed_attention(
@@ -27,7 +27,7 @@ def compressed_attention(
         k_cmp, v_cmp = with_memory(mem_k, k_cmp), with_memory(mem_v, v_cmp)
     q, k_cmp, v_cmp = operands(q, k_cmp, v_cmp)
     span, stride = cfg.compress_block_size, cfg.compress_block_sliding_stride
-    return attend_tiles(q, k_cmp, v_cmp, None, "prefix", cfg.causal, span, stride, memories)
+    return attend_tiles(q, k_cmp, v_cmp, None, *Mask("prefix", cfg.causal, span, stride, memories))
 
 
 def with_memory(

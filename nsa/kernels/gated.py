@@ -26,7 +26,7 @@ from nsa.kernels.primitives import cdiv, load_rows, operands, padded
 from nsa.kernels.registration import custom_op, register_autograd, register_fake
 from nsa.kernels.selected import dense_blocks, in_order, num_words_of, width_of
 from nsa.kernels.tile_order.membership import membership
-from nsa.kernels.tile_order.op import attend_tiles, gradients
+from nsa.kernels.tile_order.op import Mask, attend_tiles, gradients
 
 ROWS = 32  # rows (token, head) a program takes
 SMALLEST_GATE = tl.constexpr(1e-30)  # below it a branch has no gradient; ln 0 is no number
@@ -79,7 +79,7 @@ class Inputs(NamedTuple):
     """The op's tensors, in the order of its arguments.
 
     compressed and lse_cmp are what `attend_tiles` gave for q, k_cmp and v_cmp; their gradient is
-    part of this op's.
+    in this op's.
     """
 
     gates: Tensor
@@ -99,7 +99,7 @@ class Inputs(NamedTuple):
 class Sizes(NamedTuple):
     """What the op is told of its branches; as integers, since the op takes a list of them."""
 
-    tiles: int  # 1: selected attention in the tile order, 0: in the block order
+    tile_order: int  # 1: selected attention in the tile order, 0: in the block order
     causal: int
     compress_block_size: int
     compress_block_sliding_stride: int
@@ -110,18 +110,20 @@ class Sizes(NamedTuple):
     local: int
 
     @property
-    def prefix(self) -> tuple[str, bool, int, int, int]:
-        """The compressed branch's rule, as `attend_tiles` takes it."""
+    def prefix(self) -> Mask:
+        """The compressed branch's mask."""
         size, stride = self.compress_block_size, self.compress_block_sliding_stride
-        return "prefix", bool(self.causal), size, stride, self.memory
+        return Mask("prefix", bool(self.causal), size, stride, self.memory)
 
     @property
-    def bits(self) -> tuple[str, bool, int, int, int]:
-        return "bits", bool(self.causal), self.selected_length, 1, 0
+    def bits(self) -> Mask:
+        """The selected branch's mask, in the tile order."""
+        return Mask("bits", bool(self.causal), self.selected_length)
 
     @property
-    def band(self) -> tuple[str, bool, int, int, int]:
-        return "band", bool(self.causal), self.sliding_window_size, 1, 0
+    def band(self) -> Mask:
+        """The sliding branch's mask."""
+        return Mask("band", bool(self.causal), self.sliding_window_size)
 
     @property
     def blocks(self) -> tuple[int, bool, int, int]:
@@ -168,7 +170,7 @@ def attend_selected(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, sizes: Sizes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The selected branch in either loop order: its output, lse, members and starts."""
-    if not sizes.tiles:
+    if not sizes.tile_order:
         return attend_blocks(q, k, v, block_indices, None, *sizes.blocks)
     words = membership(block_indices, num_words_of(k, sizes.selected_length))
     return *attend_tiles(q, k, v, words, *sizes.bits), words, words.new_empty(0)
@@ -184,7 +186,7 @@ def gated_attention_backward_op(
     dgates, delta, lse = weigh(x.gates, dout, outs, lses)
     # The selected branch first: its partial results are the largest, and little else is there yet.
     rotated = x.q_rot, x.k_slc, x.v_slc
-    if told.tiles:
+    if told.tile_order:
         dq_rot, dk_slc, dv_slc = gradients(
             *rotated, of.members, lse[1], dout, told.bits, delta=delta[1]
         )
@@ -286,9 +288,9 @@ def gated_attention(
     q, k_cmp, v_cmp, compressed, q_rot, k_slc, v_slc, k_win, v_win = operands(
         q, k_cmp, v_cmp, compressed.detach(), q_rot, k_slc, v_slc, k_win, v_win
     )
-    tiles, indices, length = in_order(block_indices, q_rot, v_slc, cfg)
+    tile_order, indices, length = in_order(block_indices, q_rot, v_slc, cfg)
     sizes = Sizes(
-        tiles, cfg.causal, cfg.compress_block_size, cfg.compress_block_sliding_stride, memory,
+        tile_order, cfg.causal, cfg.compress_block_size, cfg.compress_block_sliding_stride, memory,
         length, cfg.sliding_window_size, *dense_blocks(cfg, length, width_of(q_rot, v_slc)),
     )  # fmt: skip
     return gated_attention_op(

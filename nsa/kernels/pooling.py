@@ -10,17 +10,17 @@ from nsa.kernels.jit import jit
 from nsa.kernels.primitives import cdiv
 from nsa.kernels.registration import custom_op, register_autograd, register_fake
 
-UNROLLED = tl.constexpr(32)  # tokens of a turn; more cost minutes of compiling
-BLOCKS, TOKENS, WIDTH = 8, 32, 128  # of a program forward, backward; the features it takes of them
+UNROLLED = tl.constexpr(32)  # iterations of the loop; more cost minutes of compiling
+BLOCKS, TOKENS, WIDTH = 8, 32, 128  # of a program: forward, backward, and features of either
 
 
 @jit
 def tile_of(num_rows, F: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """A program's sequence, its ROWS rows, and its WIDTH features."""
-    tiles, parts = tl.cdiv(num_rows, ROWS), tl.cdiv(F, WIDTH)
-    part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts
+    tiles, slices = tl.cdiv(num_rows, ROWS), tl.cdiv(F, WIDTH)
+    slice_, tile = tl.program_id(0) % slices, tl.program_id(0) // slices
     rows = tile % tiles * ROWS + tl.arange(0, ROWS)
-    return (tile // tiles).to(tl.int64), rows, (part * WIDTH + tl.arange(0, WIDTH))[None, :]
+    return (tile // tiles).to(tl.int64), rows, (slice_ * WIDTH + tl.arange(0, WIDTH))[None, :]
 
 
 @jit
@@ -33,7 +33,7 @@ def block_means_kernel(
     b, c, features = tile_of(C, F, ROWS, WIDTH)
     live = (c < C)[:, None] & (features < F)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i in tl.range(SIZE, loop_unroll_factor=UNROLLED):  # loads of a turn wait for no other
+    for i in tl.range(SIZE, loop_unroll_factor=UNROLLED):  # an unrolled load waits for no other
         rows = b * T + c * STRIDE + i
         total += tl.load(x_ptr + rows[:, None] * F + features, mask=live, other=0.0).to(tl.float32)
     means = (total / SIZE).to(means_ptr.dtype.element_ty)
@@ -53,11 +53,11 @@ def block_means_bwd_kernel(
         c = t // STRIDE - back
         over = (c >= 0) & (c < C) & (t < c * STRIDE + SIZE)
         rows = b * C + c
-        part = tl.load(
+        dmeans = tl.load(
             dmeans_ptr + rows[:, None] * F + features,
             mask=over[:, None] & (features < F), other=0.0,
         )  # fmt: skip
-        total += part.to(tl.float32)
+        total += dmeans.to(tl.float32)
     dx = (total / SIZE).to(dx_ptr.dtype.element_ty)
     live = (t < T)[:, None] & (features < F)
     tl.store(dx_ptr + (b * T + t)[:, None] * F + features, dx, mask=live)

@@ -1,4 +1,4 @@
-"""Rotary embedding: every head's pairs turned by its token's angles, one pass either way."""
+"""Rotary embedding: every head's pairs rotated by its token's angles, one pass either way."""
 
 import torch
 import triton.language as tl
@@ -16,14 +16,16 @@ TOKENS = 16  # of a program
 def rotate_kernel(
     x_ptr, angles_ptr, out_ptr, T, num_tokens, stride_b, stride_t, stride_h,
     H: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
-    BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    PADDED_HALF: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens, one head after the other: (x[i], x[i + HALF]) by the token's angle i."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     b, t = token // T, token % T
-    i = tl.arange(0, BLOCK)[None, :]
+    i = tl.arange(0, PADDED_HALF)[None, :]
     live = (token < num_tokens)[:, None] & (i < HALF)
-    angle = tl.load(angles_ptr + t[:, None] * HALF + i, mask=live, other=0.0)  # [TOKENS, BLOCK]
+    angle = tl.load(
+        angles_ptr + t[:, None] * HALF + i, mask=live, other=0.0
+    )  # [TOKENS, PADDED_HALF]
     cos, sin = tl.cos(angle), tl.sin(angle)
     if BACK:
         sin = -sin
@@ -44,7 +46,7 @@ def rotate_op(x: Tensor, angles: Tensor, back: bool) -> Tensor:
     with torch.cuda.device_of(x):
         rotate_kernel[(cdiv(B * T, TOKENS),)](
             x, angles, out, T, B * T, *x.stride()[:3],
-            H=H, HALF=D // 2, BACK=back, BLOCK=power_of_2(D // 2), TOKENS=TOKENS, num_warps=4,
+            H=H, HALF=D // 2, BACK=back, PADDED_HALF=power_of_2(D // 2), TOKENS=TOKENS, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -75,7 +77,7 @@ def rows_whole(x: Tensor) -> Tensor:
 def rotate(
     x: Float[Tensor, "B T H D"], angles: Float[Tensor, "T half"]
 ) -> Float[Tensor, "B T H D"]:
-    """Turn the pairs (x[i], x[i + D/2]) in float32; x may be a view whose heads are apart.
+    """Rotate the pairs (x[i], x[i + D/2]) in float32; x may be a view whose heads are apart.
 
     Differentiable in x.
     """

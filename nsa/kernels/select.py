@@ -9,7 +9,7 @@ weighted sums over i, own and spilled, the second handed on to the next block.
 Nothing of size T x C or T x S is stored: the best blocks so far stay in registers. What ranks them
 has tokens in its last axis, so that one thread holds all the blocks of a token and sorts them
 without a word to the others; where a program has twice as many threads as tokens, a token has two
-lists, each of half the blocks of every tile, made one at the end.
+sets, each of half the blocks of every tile, joined at the end.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.autotune import with_tile
-from nsa.kernels.best_blocks import EMPTY, LAST, keep_best, one_list, ranking
+from nsa.kernels.best_blocks import EMPTY, LAST, keep_best, one_set, ranking
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import (
     LOG2E,
@@ -75,36 +75,36 @@ def follow(stays, leaves, arrives, known, next_stays, next_leaves, next_arrives,
 
 
 @jit
-def by_list(x, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LISTS: tl.constexpr):
-    """[ROWS, TOKENS*LISTS] from [TOKENS, BLOCKS]: a token's blocks in runs of ROWS, one a list."""
-    x = tl.reshape(x, [TOKENS, LISTS, BLOCKS // LISTS])
-    return tl.reshape(tl.permute(x, (2, 0, 1)), [BLOCKS // LISTS, TOKENS * LISTS])
+def by_set(x, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, SETS: tl.constexpr):
+    """[ROWS, TOKENS*SETS] from [TOKENS, BLOCKS]: a token's blocks in runs of ROWS, one a set."""
+    x = tl.reshape(x, [TOKENS, SETS, BLOCKS // SETS])
+    return tl.reshape(tl.permute(x, (2, 0, 1)), [BLOCKS // SETS, TOKENS * SETS])
 
 
 @jit
 def spread(
     x, carry, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, LISTS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, SETS: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 9 on a tile, `by_list`: importance, and what leaves each block for the next.
+    """Eq. 9 on a tile, `by_set`: importance, and what leaves each block for the next.
 
     carry is what left the blocks of the tile before.
     """
-    ROWS: tl.constexpr = BLOCKS // LISTS
+    ROWS: tl.constexpr = BLOCKS // SETS
     i = tl.arange(0, LANES)
     own = tl.minimum(SIZE, (RATIO - i) * STRIDE).to(tl.float32) / STRIDE
     spilled = tl.maximum(SIZE - (RATIO - i) * STRIDE, 0).to(tl.float32) / STRIDE
     own = tl.where(i < RATIO, own, 0.0)
     spilled = tl.where(i < RATIO, spilled, 0.0)
     x = tl.reshape(x, [TOKENS, LANES, BLOCKS])
-    stays = by_list(tl.sum(x * own[None, :, None], 1), TOKENS, BLOCKS, LISTS)
-    leaves = by_list(tl.sum(x * spilled[None, :, None], 1), TOKENS, BLOCKS, LISTS)
+    stays = by_set(tl.sum(x * own[None, :, None], 1), TOKENS, BLOCKS, SETS)
+    leaves = by_set(tl.sum(x * spilled[None, :, None], 1), TOKENS, BLOCKS, SETS)
     none = tl.zeros_like(leaves)
     # A scan, since Triton lays out its result anew: from here on a thread holds whole columns.
     run = (stays, leaves, none, none.to(tl.int32))
     stays, leaves, arrives, _ = tl.associative_scan(run, 0, follow)
-    into_first = carry  # its last row: what arrives in the first row of the next list
-    if LISTS == 2:
+    into_first = carry  # its last row: what arrives in the first row of the next set
+    if SETS == 2:
         second = (tl.arange(0, TOKENS * 2) % 2 == 1)[None, :]
         into_first = tl.reshape(tl.where(second, carry, leaves), [ROWS, TOKENS, 2])
         into_first = tl.reshape(tl.flip(into_first, 2), [ROWS, TOKENS * 2])
@@ -120,11 +120,11 @@ def select_kernel(
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
     PADDED_D: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
-    LISTS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG_KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    SETS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one index head: score a tile of blocks over all its heads, keep the best."""
     RATIO: tl.constexpr = LENGTH // STRIDE
-    ROWS: tl.constexpr = 2**LOG_ROWS  # BLOCKS // LISTS
+    ROWS: tl.constexpr = 2**LOG_ROWS  # BLOCKS // SETS
     KEPT: tl.constexpr = 2**LOG_KEPT
     num_tiles = tl.cdiv(T, TOKENS)
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles  # the longest first
@@ -138,32 +138,32 @@ def select_kernel(
     if CAUSAL:
         last = tl.minimum(num_blocks, (tile * TOKENS + TOKENS - 1) // LENGTH + 1)
 
-    column = tl.arange(0, TOKENS * LISTS)  # of the lists: token, list
-    own = ((tile * TOKENS + column // LISTS) // LENGTH)[None, :]
-    best = tl.full([KEPT, TOKENS * LISTS], EMPTY, tl.int32)
-    best_tie = tl.full([KEPT, TOKENS * LISTS], 0, tl.uint32)
-    carry = tl.zeros([ROWS, TOKENS * LISTS], tl.float32)
-    carry_seen = tl.zeros([ROWS, TOKENS * LISTS], tl.float32)
+    column = tl.arange(0, TOKENS * SETS)  # token, set
+    own = ((tile * TOKENS + column // SETS) // LENGTH)[None, :]
+    best = tl.full([KEPT, TOKENS * SETS], EMPTY, tl.int32)
+    best_tie = tl.full([KEPT, TOKENS * SETS], 0, tl.uint32)
+    carry = tl.zeros([ROWS, TOKENS * SETS], tl.float32)
+    carry_seen = tl.zeros([ROWS, TOKENS * SETS], tl.float32)
     for s0 in range(0, last, BLOCKS):
         x, seen = score_tile(
             q_ptr, k_ptr, lse_ptr, rows, live, t, b, g, s0, T, C, scale,
             H, G, J, D, PADDED_D, SIZE, STRIDE, RATIO, LANES, CAUSAL, LOGITS,
             TOKENS, BLOCKS, PRECISION,
         )  # fmt: skip
-        score, carry = spread(x, carry, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES, LISTS)
+        score, carry = spread(x, carry, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES, SETS)
         if LOGITS:
             weight, carry_seen = spread(
-                seen.to(tl.float32), carry_seen, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES, LISTS
+                seen.to(tl.float32), carry_seen, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES, SETS
             )
             score = tl.where(weight > 0, score / tl.where(weight > 0, weight, 1.0), -3.4028234e38)
-        first = s0 + (column % LISTS * ROWS)[None, :]
+        first = s0 + (column % SETS * ROWS)[None, :]
         row = tl.arange(0, ROWS)[:, None]
         rank = ranking(score, row, own - first, first, num_blocks, INITIAL, LOCAL, CAUSAL, LOGITS)
         tie = (-first + LAST - row).to(tl.uint32)
         best, best_tie = keep_best(best, best_tie, rank, tie, LOG_ROWS, LOG_KEPT)
 
-    if LISTS == 2:
-        best, best_tie = one_list(best, best_tie, LOG_KEPT)
+    if SETS == 2:
+        best, best_tie = one_set(best, best_tie, LOG_KEPT)
     place = tl.arange(0, KEPT)[None, :]
     block = -tl.trans(best_tie).to(tl.int32) + LAST
     block = tl.where((tl.trans(best) != EMPTY) & (place < N), block, LAST)
@@ -196,13 +196,13 @@ def select_blocks_op(
         while tokens > 16 and tokens * max(columns, 2 * kept) > 128 * 128:  # many are kept: sorted
             tokens //= 2
         blocks = columns // lanes
-        lists = 2 if 32 * tile.warps > tokens and blocks > 1 else 1
+        sets = 2 if 32 * tile.warps > tokens and blocks > 1 else 1
         select_kernel[(cdiv(T, tokens) * B * J,)](
             q, k_cmp, lse, indices, T, k_cmp.shape[1], cdiv(T, length), D**-0.5,
             H=H, G=k_cmp.shape[2], J=J, D=D, N=n, SIZE=size, STRIDE=stride,
             LENGTH=length, INITIAL=initial, LOCAL=local, CAUSAL=causal, LOGITS=logits,
-            PADDED_D=padded(D), TOKENS=tokens, BLOCKS=blocks, LANES=lanes, LISTS=lists,
-            LOG_ROWS=(blocks // lists).bit_length() - 1, LOG_KEPT=kept.bit_length() - 1,
+            PADDED_D=padded(D), TOKENS=tokens, BLOCKS=blocks, LANES=lanes, SETS=sets,
+            LOG_ROWS=(blocks // sets).bit_length() - 1, LOG_KEPT=kept.bit_length() - 1,
             PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return indices
@@ -214,7 +214,7 @@ def select_blocks_op(
 
 
 @register_fake(select_blocks_op)
-def _(q, k_cmp, lse, index_heads, n, *rules):
+def _(q, k_cmp, lse, index_heads, n, *sizes):
     return q.new_empty(q.shape[0], q.shape[1], index_heads, n, dtype=torch.int32)
 
 

@@ -1,6 +1,6 @@
 """Selected attention (eq. 12) in two loop orders.
 
-The tile order (rule "bits"): a tile of neighbouring queries passes over every key so far and masks
+The tile order (mask "bits"): a tile of neighbouring queries passes over every key so far and masks
 by a bit. Best where the tile's queries together keep most of what is visible: short sequences.
 
 The block order: each selection block is loaded once and meets the queries that keep it.
@@ -15,7 +15,7 @@ from nsa.config import NSAConfig
 from nsa.kernels.block_order.op import attend_blocks
 from nsa.kernels.primitives import cdiv, operands, padded
 from nsa.kernels.tile_order.membership import membership
-from nsa.kernels.tile_order.op import attend_tiles
+from nsa.kernels.tile_order.op import Mask, attend_tiles
 
 # Up to how many tokens the tile order is taken, in multiples of those that a query keeps. Measured
 # on an H100 (README.md). Short blocks are poor tiles of their own, so theirs reaches further.
@@ -41,23 +41,23 @@ def longest_block(dtype: torch.dtype, width: int) -> int:
 def split_blocks(
     block_indices: Tensor, length: int, longest: int, num_tokens: int
 ) -> tuple[Tensor, int]:
-    """The same tokens as blocks of at most `longest`: each index becomes its parts' indices."""
-    parts = next(n for n in range(1, length + 1) if length % n == 0 and length // n <= longest)
-    if parts == 1:
+    """The same tokens as blocks of at most `longest`: each index becomes those of its pieces."""
+    pieces = next(n for n in range(1, length + 1) if length % n == 0 and length // n <= longest)
+    if pieces == 1:
         return block_indices, length
-    part = torch.arange(parts, dtype=torch.int32, device=block_indices.device)
-    fine = block_indices[..., None] * parts + part
-    beyond = fine >= cdiv(num_tokens, length // parts)
+    piece = torch.arange(pieces, dtype=torch.int32, device=block_indices.device)
+    fine = block_indices[..., None] * pieces + piece
+    beyond = fine >= cdiv(num_tokens, length // pieces)
     fine = fine.masked_fill((block_indices[..., None] < 0) | beyond, -1)
-    return fine.flatten(-2), length // parts
+    return fine.flatten(-2), length // pieces
 
 
 def in_order(
     block_indices: Tensor, q: Tensor, v: Tensor, cfg: NSAConfig, *, gated: bool = False
 ) -> tuple[bool, Tensor, int]:
-    """Whether to pass over tiles; the indices, and the length of a block, that the order takes."""
+    """Whether to take the tile order; the indices and the block length that the order needs."""
     indices, length = block_indices.int().contiguous(), cfg.selection_block_size
-    if indices.shape[-1] == 0 or (not gated and prefers_tiles(q.shape[1], cfg)):
+    if indices.shape[-1] == 0 or (not gated and prefers_tile_order(q.shape[1], cfg)):
         return True, indices, length
     longest = longest_block(q.dtype, width_of(q, v))
     return False, *split_blocks(indices, length, longest, q.shape[1])
@@ -71,8 +71,8 @@ def dense_blocks(cfg: NSAConfig, length: int, width: int) -> tuple[int, int]:
     """
     if not cfg.causal or width > WIDEST_DENSE:
         return 0, 0
-    parts = cfg.selection_block_size // length
-    return cfg.num_initial_blocks * parts, cfg.num_local_blocks * parts
+    pieces = cfg.selection_block_size // length
+    return cfg.num_initial_blocks * pieces, cfg.num_local_blocks * pieces
 
 
 def num_words_of(k: Tensor, length: int) -> int:
@@ -80,8 +80,8 @@ def num_words_of(k: Tensor, length: int) -> int:
     return cdiv(cdiv(k.shape[1], length), 32)
 
 
-def prefers_tiles(num_tokens: int, cfg: NSAConfig) -> bool:
-    """Whether a tile's queries keep so much of what they see that passing over all is best."""
+def prefers_tile_order(num_tokens: int, cfg: NSAConfig) -> bool:
+    """Whether a tile's queries keep so much of what they see that it is best to pass over all."""
     kept, length = cfg.num_selected_blocks * cfg.selection_block_size, cfg.selection_block_size
     reach = TILE_REACH_OF_SHORT_BLOCKS if length <= SHORT_BLOCK else TILE_REACH
     return num_tokens <= max(2048, reach * kept)
@@ -95,17 +95,18 @@ def selected_attention(
     cfg: NSAConfig,
     block_gates: Float[Tensor, "B T J N"] | None = None,
 ) -> Float[Tensor, "B T H Dv"]:
-    """Attention over the tokens of the selected blocks; J is G, or H: a list a query head.
+    """Attention over the tokens of the selected blocks.
 
+    J is G, or H, where every query head has a selection of its own.
     A token's indices are distinct. block_gates are straight-through: taken to be 1, they get the
     gradient of a factor on the scores of their block's tokens.
     """
     q, k, v = operands(q, k, v)
-    tiles, indices, length = in_order(block_indices, q, v, cfg, gated=block_gates is not None)
-    if tiles:
+    tile_order, indices, length = in_order(block_indices, q, v, cfg, gated=block_gates is not None)
+    if tile_order:
         words = membership(indices, num_words_of(k, length))
-        return attend_tiles(q, k, v, words, "bits", cfg.causal, length, 1, 0)[0]
+        return attend_tiles(q, k, v, words, *Mask("bits", cfg.causal, length))[0]
     if block_gates is not None:
         block_gates = block_gates.repeat_interleave(cfg.selection_block_size // length, dim=-1)
-    rule = length, cfg.causal, *dense_blocks(cfg, length, width_of(q, v))
-    return attend_blocks(q, k, v, indices, block_gates, *rule)[0]
+    sizes = length, cfg.causal, *dense_blocks(cfg, length, width_of(q, v))
+    return attend_blocks(q, k, v, indices, block_gates, *sizes)[0]

@@ -164,17 +164,17 @@ def importance_dk_kernel(
                     ds = tl.where(seen, weight * p, 0.0)
                 ds = tl.trans(ds).to(q.dtype)
                 if q.dtype == tl.float32:
-                    part = tl.dot(ds, q, input_precision=PRECISION)
-                    dk, lost = add_exactly(dk, lost, part)
+                    product = tl.dot(ds, q, input_precision=PRECISION)
+                    dk, lost = add_exactly(dk, lost, product)
                 else:
                     dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     store_rows(dk_ptr, (b * C + c) * G + g, c < C, dk * scale, D, PADDED_D)
 
 
-def launch(arrays, q: Tensor, k_cmp: Tensor, indices: Tensor, rules, backward: bool) -> None:
-    """importance_kernel on (value, dvalue, dq, dlse); rules are (l, d, l', causal, logits)."""
+def launch(arrays, q: Tensor, k_cmp: Tensor, indices: Tensor, sizes, backward: bool) -> None:
+    """importance_kernel on (value, dvalue, dq, dlse); sizes are (l, d, l', causal, logits)."""
     (B, T, H, D), (J, N) = q.shape, indices.shape[2:]
-    size, stride, length, causal, logits = rules
+    size, stride, length, causal, logits = sizes
     lanes = power_of_2(2 * (length // stride) - 1)
     columns = 64 if q.element_size() * padded(D) <= 512 else 32
     importance_kernel[(B * T * J,)](
@@ -247,12 +247,12 @@ def _(q, k_cmp, lse, indices, dvalue, size, stride, length, causal, logits):
 
 
 def _save(ctx, inputs, output):
-    q, k_cmp, lse, indices, *ctx.rules = inputs
+    q, k_cmp, lse, indices, *ctx.sizes = inputs
     ctx.save_for_backward(q, k_cmp, lse, indices)
 
 
 def _backward(ctx, dvalue):
-    grads = selected_importance_backward_op(*ctx.saved_tensors, dvalue.contiguous(), *ctx.rules)
+    grads = selected_importance_backward_op(*ctx.saved_tensors, dvalue.contiguous(), *ctx.sizes)
     return *grads, None, None, None, None, None, None
 
 

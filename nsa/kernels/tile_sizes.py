@@ -32,10 +32,10 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     D: int
     DV: int
-    R: int  # query heads that share a list of blocks
+    R: int  # query heads that share a selection
     T: int
     device: torch.device
-    rule: str = ""  # of the kernels of the tile order
+    mask: str = ""  # of the kernels of the tile order
     block: int = 0  # tokens of a block, in the block order
 
     @property
@@ -51,7 +51,7 @@ class Row(NamedTuple):
     R: int = ANY
     T: int = ANY
     block: int = ANY
-    rule: str = ""  # this one alone, if it names one
+    mask: str = ""  # this one alone, if it names one
     arch: int = 0  # compute capability from which on, as in sm_90
 
     def holds(self, problem: Problem) -> bool:
@@ -60,7 +60,7 @@ class Row(NamedTuple):
             and problem.R <= self.R
             and problem.T <= self.T
             and problem.block <= self.block
-            and self.rule in ("", problem.rule)
+            and self.mask in ("", problem.mask)
             and (not self.arch or self.arch <= capability(problem.device))
         )
 
@@ -69,27 +69,27 @@ class Row(NamedTuple):
 # as `python -m benchmarks.probes.tune` measured them (docs/kernel_log.md).
 TILES = {
     "attend_fwd": (
-        Row(Tile(64, 128, 4, 3), width=64, rule="bits"),
+        Row(Tile(64, 128, 4, 3), width=64, mask="bits"),
         Row(Tile(64, 64, 4, 3), width=64),
-        Row(Tile(64, 64, 4, 3), width=128, rule="bits"),
+        Row(Tile(64, 64, 4, 3), width=128, mask="bits"),
         Row(Tile(64, 32, 4, 3), width=128, T=8192),
-        Row(Tile(64, 64, 4, 3), width=128, rule="band"),
+        Row(Tile(64, 64, 4, 3), width=128, mask="band"),
         Row(Tile(64, 64, 4, 3), width=128, R=1),
         Row(Tile(128, 64, 8, 3), width=128),
         Row(Tile(64, 64, 8, 2)),
     ),
     "attend_dq": (
-        Row(Tile(64, 32, 4, 3), width=64, rule="band"),
+        Row(Tile(64, 32, 4, 3), width=64, mask="band"),
         Row(Tile(64, 64, 4, 3), width=64),
-        Row(Tile(64, 32, 4, 2), width=128, rule="band"),
-        Row(Tile(64, 32, 4, 3), width=128, T=8192, rule="prefix"),
+        Row(Tile(64, 32, 4, 2), width=128, mask="band"),
+        Row(Tile(64, 32, 4, 3), width=128, T=8192, mask="prefix"),
         Row(Tile(128, 64, 8, 3), width=128),
         Row(Tile(64, 32, 8, 2)),
     ),
     "attend_dkv": (
         Row(Tile(64, 64, 4, 3), width=64, arch=90),
         Row(Tile(32, 64, 4, 2), width=64),
-        Row(Tile(64, 64, 4, 2), width=128, rule="bits"),
+        Row(Tile(64, 64, 4, 2), width=128, mask="bits"),
         Row(Tile(32, 64, 4, 3), width=128, R=1, T=8192),
         Row(Tile(64, 64, 4, 2), width=128),
         Row(Tile(32, 64, 8, 2)),

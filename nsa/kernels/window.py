@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nsa.config import NSAConfig
 from nsa.kernels.primitives import operands
-from nsa.kernels.tile_order.op import attend_tiles
+from nsa.kernels.tile_order.op import Mask, attend_tiles
 
 
 def sliding_window_attention(
@@ -16,4 +16,4 @@ def sliding_window_attention(
 ) -> Float[Tensor, "B T H Dv"]:
     """Attention over 0 <= t - s < w; over |t - s| < w, if not causal."""
     q, k, v = operands(q, k, v)
-    return attend_tiles(q, k, v, None, "band", cfg.causal, cfg.sliding_window_size, 1, 0)[0]
+    return attend_tiles(q, k, v, None, *Mask("band", cfg.causal, cfg.sliding_window_size))[0]

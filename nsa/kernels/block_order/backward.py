@@ -16,7 +16,7 @@ from nsa.kernels.block_order.columns import (
     store_columns,
     zero_columns,
 )
-from nsa.kernels.block_order.lists import find_item, load_slots
+from nsa.kernels.block_order.inverted_lists import find_item, load_slots
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import LOG2E, div_mod, load_lse2, load_rows, row_delta, store_rows
 
@@ -55,25 +55,25 @@ def weights_and_gradients(
 
 @jit
 def store_slot_gradients(
-    part_dq_ptr, part_dgate_ptr, part, live, ds, q, k,
+    partial_dq_ptr, partial_dgate_ptr, partial_row, live, ds, q, k,
     D: tl.constexpr, WIDTH: tl.constexpr, GATES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows' partial dQ, and with GATES their partial gradients of gates.  ds is [ROWS, KEYS]"""
     dgate = tl.zeros([ds.shape[0]], tl.float32)
-    for i in tl.static_range(len(k)):  # one column after the other: fewer registers
+    for i in tl.static_range(len(k)):  # one slice after the other: fewer registers
         dq = tl.dot(ds, k[i], input_precision=PRECISION)
-        store_column(part_dq_ptr, part, live, dq, i, D, WIDTH)
+        store_column(partial_dq_ptr, partial_row, live, dq, i, D, WIDTH)
         if GATES:  # a factor on a row's scores: its gradient is the sum of dS * S, or Q * dQ
             dgate += tl.sum(q[i].to(tl.float32) * dq, 1)
     if GATES:
-        tl.store(part_dgate_ptr + part, dgate, mask=live)
+        tl.store(partial_dgate_ptr + partial_row, dgate, mask=live)
 
 
 @jit(do_not_specialize=["chunk", "head0"])
 def block_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     slots_ptr, starts_ptr, ends_ptr, item_lists_ptr, shared_ends_ptr,
-    part_dq_ptr, part_dgate_ptr, part_dk_ptr, part_dv_ptr, dk_ptr, dv_ptr,
+    partial_dq_ptr, partial_dgate_ptr, partial_dk_ptr, partial_dv_ptr, dk_ptr, dv_ptr,
     T, num_blocks, num_lists, chunk, head0, t0, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
@@ -94,18 +94,18 @@ def block_bwd_kernel(
         return
     R: tl.constexpr = H // J
     KEYS_FIRST: tl.constexpr = KEYS > 64  # which axis of scores: whatever spills less
-    lst, place, count, lo, hi = find_item(
+    list_id, place, count, lo, hi = find_item(
         item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM
     )
     if (lo >= hi) & (t0 > 0):
         return
-    block, bj = lst % num_blocks, (head0 + lst // num_blocks).to(tl.int64)
+    block, bj = list_id % num_blocks, (head0 + list_id // num_blocks).to(tl.int64)
     b, j = bj // J, bj % J
     offs_s = block * LENGTH + tl.arange(0, KEYS)
     end = tl.minimum((block + 1) * LENGTH, T)
     key_rows = (b * T + offs_s) * G + j // (J // G)
-    k = load_columns(k_ptr, key_rows, offs_s < end, D, WIDTH)  # parts of [KEYS, D]
-    v = load_columns(v_ptr, key_rows, offs_s < end, DV, WIDTH_V)  # parts of [KEYS, DV]
+    k = load_columns(k_ptr, key_rows, offs_s < end, D, WIDTH)  # slices of [KEYS, D]
+    v = load_columns(v_ptr, key_rows, offs_s < end, DV, WIDTH_V)  # slices of [KEYS, DV]
     dk = zero_columns(KEYS, D, WIDTH)
     dv = zero_columns(KEYS, DV, WIDTH_V)
     token0 = (bj * T).to(tl.int32)  # as slots count
@@ -120,8 +120,8 @@ def block_bwd_kernel(
             slot = tl.load(slots_ptr + lo + i, mask=live, other=0)
         t = div_mod(slot, N)[0] - token0
         rows = row0 + t * H + r  # t * H: no memory holds 2**31 rows of one sequence
-        q = load_columns(q_ptr, rows, live, D, WIDTH)  # parts of [ROWS, D]
-        dout = load_columns(dout_ptr, rows, live, DV, WIDTH_V)  # parts of [ROWS, DV]
+        q = load_columns(q_ptr, rows, live, D, WIDTH)  # slices of [ROWS, D]
+        dout = load_columns(dout_ptr, rows, live, DV, WIDTH_V)  # slices of [ROWS, DV]
         lse2 = load_lse2(lse_ptr, rows, live)
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0) * scale
         p, ds = weights_and_gradients(
@@ -134,9 +134,19 @@ def block_bwd_kernel(
         else:
             dv = add_product(dv, tl.trans(p), dout, PRECISION)
             dk = add_product(dk, tl.trans(ds), q, PRECISION)
-        part = (slot - slot0).to(tl.int64) * R + r
+        partial_row = (slot - slot0).to(tl.int64) * R + r
         store_slot_gradients(
-            part_dq_ptr, part_dgate_ptr, part, live, ds, q, k, D, WIDTH, GATES, PRECISION
+            partial_dq_ptr,
+            partial_dgate_ptr,
+            partial_row,
+            live,
+            ds,
+            q,
+            k,
+            D,
+            WIDTH,
+            GATES,
+            PRECISION,
         )
         if AHEAD:
             slot = load_slots(slots_ptr, lo, hi, offs_i + ROWS, R)
@@ -148,44 +158,44 @@ def block_bwd_kernel(
         store_columns(dk_ptr, sums, offs_s < end, dk, D, WIDTH)
         store_columns(dv_ptr, sums, offs_s < end, dv, DV, WIDTH_V)
     else:
-        part_block = (tl.load(shared_ends_ptr + lst) - count + place).to(tl.int64)
-        part_rows = part_block * LENGTH + tl.arange(0, KEYS)
-        store_columns(part_dk_ptr, part_rows, offs_s < end, dk, D, WIDTH)
-        store_columns(part_dv_ptr, part_rows, offs_s < end, dv, DV, WIDTH_V)
+        partial_block = (tl.load(shared_ends_ptr + list_id) - count + place).to(tl.int64)
+        partial_rows = partial_block * LENGTH + tl.arange(0, KEYS)
+        store_columns(partial_dk_ptr, partial_rows, offs_s < end, dk, D, WIDTH)
+        store_columns(partial_dv_ptr, partial_rows, offs_s < end, dv, DV, WIDTH_V)
 
 
 @jit
 def sum_items(
-    part_ptr, sum_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
+    partial_ptr, sum_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
     J: tl.constexpr, D: tl.constexpr, LENGTH: tl.constexpr,
     PADDED_D: tl.constexpr, KEYS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """One list of several items: their partial dK (or dV), ITEMS at a time, onto its block's."""
-    lst = tl.program_id(0)
+    list_id = tl.program_id(0)
     ends_ptr += chunk * tl.num_programs(0)
     shared_ends_ptr += chunk * tl.num_programs(0)
-    count = tl.load(ends_ptr + lst) - tl.load(ends_ptr + lst - 1, mask=lst > 0, other=0)
+    count = tl.load(ends_ptr + list_id) - tl.load(ends_ptr + list_id - 1, mask=list_id > 0, other=0)
     if count <= 1:
         return
-    block, bj = lst % num_blocks, (head0 + lst // num_blocks).to(tl.int64)
+    block, bj = list_id % num_blocks, (head0 + list_id // num_blocks).to(tl.int64)
     keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     live = (keys < LENGTH) & (block * LENGTH + keys < T)
     rows = (bj // J * T + block * LENGTH + keys) * J + bj % J
     acc = load_rows(sum_ptr, rows, live & (t0 > 0), D, PADDED_D).to(tl.float32)
-    first = (tl.load(shared_ends_ptr + lst) - count).to(tl.int64)
+    first = (tl.load(shared_ends_ptr + list_id) - count).to(tl.int64)
     offs = tl.arange(0, ITEMS * KEYS)
     key = tl.program_id(1) * KEYS + offs % KEYS
     for i0 in range(0, count, ITEMS):
         item = i0 + offs // KEYS
-        live_part = (item < count) & (key < LENGTH) & (block * LENGTH + key < T)
-        part = load_rows(part_ptr, (first + item) * LENGTH + key, live_part, D, PADDED_D)
-        acc += tl.sum(tl.reshape(part, [ITEMS, KEYS, PADDED_D]), 0)
+        live_partial = (item < count) & (key < LENGTH) & (block * LENGTH + key < T)
+        partial = load_rows(partial_ptr, (first + item) * LENGTH + key, live_partial, D, PADDED_D)
+        acc += tl.sum(tl.reshape(partial, [ITEMS, KEYS, PADDED_D]), 0)
     store_rows(sum_ptr, rows, live, acc, D, PADDED_D)
 
 
 @jit(do_not_specialize=["chunk", "head0"])
 def sum_items_kernel(
-    part_dk_ptr, part_dv_ptr, dk_ptr, dv_ptr, ends_ptr, shared_ends_ptr,
+    partial_dk_ptr, partial_dv_ptr, dk_ptr, dv_ptr, ends_ptr, shared_ends_ptr,
     T, num_blocks, chunk, head0, t0,
     J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, KEYS: tl.constexpr, ITEMS: tl.constexpr,
@@ -193,19 +203,19 @@ def sum_items_kernel(
     """Program (list, KEYS of its keys, 0) sums the items' dK, program (..., 1) their dV."""
     if tl.program_id(2) == 0:
         sum_items(
-            part_dk_ptr, dk_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
+            partial_dk_ptr, dk_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
             J, D, LENGTH, PADDED_D, KEYS, ITEMS,
         )  # fmt: skip
     else:
         sum_items(
-            part_dv_ptr, dv_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
+            partial_dv_ptr, dv_ptr, ends_ptr, shared_ends_ptr, T, num_blocks, chunk, head0, t0,
             J, DV, LENGTH, PADDED_DV, KEYS, ITEMS,
         )  # fmt: skip
 
 
 @jit(do_not_specialize=["head0"])
 def sum_slots_kernel(
-    part_ptr, indices_ptr, dq_ptr, T, head0, t0, tokens,
+    partial_ptr, indices_ptr, dq_ptr, T, head0, t0, tokens,
     H: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -218,9 +228,9 @@ def sum_slots_kernel(
     live = offs_i < tokens * R
     i, r = div_mod(offs_i, R)
     t = t0 + i
-    parts = ((bj - head0) * T + i) * N * R + r
+    partial_rows = ((bj - head0) * T + i) * N * R + r
     acc = tl.zeros([ROWS, PADDED_D], tl.float32)
     for n in range(N):
         kept = tl.load(indices_ptr + ((b * T + t) * J + j) * N + n, mask=live, other=-1) >= 0
-        acc += load_rows(part_ptr, parts + n * R, kept, D, PADDED_D).to(tl.float32)
+        acc += load_rows(partial_ptr, partial_rows + n * R, kept, D, PADDED_D).to(tl.float32)
     store_rows(dq_ptr, (b * T + t) * H + j * R + r, live, acc, D, PADDED_D)

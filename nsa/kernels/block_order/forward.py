@@ -1,9 +1,9 @@
 """Selected attention with the block in the outer loop, forward.
 
-Each selection block is loaded once a work item and meets the queries that keep it, so K and V are
-read once a list instead of once a query. An item writes its partial result into its slots, and a
-second kernel merges the slots of a token by lse. Slots are taken in chunks, whose partial results
-are bounded (lists.py); a chunk begins at token t0 of index head head0.
+A work item loads one selection block and meets the queries that keep it, so K and V are read once
+for each block's list instead of once for each query. An item writes its partial results into its
+slots, and a second kernel merges the slots of a token by lse. Slots are taken in chunks, whose
+partial results are bounded (inverted_lists.py); a chunk begins at token t0 of index head head0.
 
 The first INITIAL blocks and a token's LOCAL last ones are dense: neighbouring tokens share them, so
 the merging kernel attends to them itself and they need no partial results.
@@ -11,7 +11,7 @@ the merging kernel attends to them itself and they need no partial results.
 
 import triton.language as tl
 
-from nsa.kernels.block_order.lists import find_item, load_slots
+from nsa.kernels.block_order.inverted_lists import find_item, load_slots
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import LN2, LOG2E, div_mod, finite, load_rows, softmax_step, store_rows
 
@@ -20,13 +20,13 @@ from nsa.kernels.primitives import LN2, LOG2E, div_mod, finite, load_rows, softm
 def is_dense(block, own, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
     """Whether merge_kernel attends to the block, for a token whose own block is `own`.
 
-    So it says of later blocks, too: dense blocks are for causal attention, which sees none of them.
+    Later blocks count as dense, too. Only causal attention has dense blocks: it sees none of them.
     """
     return (block < INITIAL) | (block > own - LOCAL)
 
 
 @jit
-def has_part(index_ptrs, live, own, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
+def has_partial(index_ptrs, live, own, INITIAL: tl.constexpr, LOCAL: tl.constexpr):
     """Whether a work item wrote a partial output into a row's slot."""
     block = tl.load(index_ptrs, mask=live, other=-1)
     if INITIAL + LOCAL > 0:
@@ -50,7 +50,8 @@ def num_dense(
 
 @jit(do_not_specialize=["chunk", "head0"])
 def block_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, slots_ptr, starts_ptr, ends_ptr, item_lists_ptr, part_ptr, part_lse_ptr,
+    q_ptr, k_ptr, v_ptr, slots_ptr, starts_ptr, ends_ptr, item_lists_ptr,
+    partial_ptr, partial_lse_ptr,
     T, num_blocks, num_lists, chunk, head0, t0, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
@@ -65,8 +66,8 @@ def block_fwd_kernel(
     if tl.program_id(0) >= tl.load(ends_ptr + num_lists - 1):
         return
     R: tl.constexpr = H // J
-    lst, _, _, lo, hi = find_item(item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM)
-    block, bj = lst % num_blocks, (head0 + lst // num_blocks).to(tl.int64)
+    list_id, _, _, lo, hi = find_item(item_lists_ptr, ends_ptr, starts_ptr, tl.program_id(0), ITEM)
+    block, bj = list_id % num_blocks, (head0 + list_id // num_blocks).to(tl.int64)
     b, j = bj // J, bj % J
     token0 = (bj * T).to(tl.int32)  # as slots count
     if INITIAL + LOCAL > 0:
@@ -100,9 +101,9 @@ def block_fwd_kernel(
         norm = tl.sum(p, 1)
         norm = tl.where(norm > 0, norm, 1.0)  # a row that saw nothing: out 0, m and lse -inf
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        part = (slot - slot0).to(tl.int64) * R + r
-        store_rows(part_ptr, part, live, out * (1.0 / norm)[:, None], DV, PADDED_DV)
-        tl.store(part_lse_ptr + part, m + tl.log2(norm), mask=live)
+        partial_row = (slot - slot0).to(tl.int64) * R + r
+        store_rows(partial_ptr, partial_row, live, out * (1.0 / norm)[:, None], DV, PADDED_DV)
+        tl.store(partial_lse_ptr + partial_row, m + tl.log2(norm), mask=live)
         slot = load_slots(slots_ptr, lo, hi, offs_i + ROWS, R)
 
 
@@ -141,7 +142,7 @@ def attend_dense(
 
 @jit(do_not_specialize=["head0"])
 def merge_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, indices_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, partial_ptr, partial_lse_ptr, indices_ptr, out_ptr, lse_ptr,
     T, head0, t0, tokens, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, INITIAL: tl.constexpr,
@@ -160,7 +161,7 @@ def merge_kernel(
     t = t0 + i
     rows = (b * T + t) * H + j * R + r
     slots = ((b * T + t) * J + j) * N
-    parts = ((bj - head0) * T + i) * N * R + r
+    partial_rows = ((bj - head0) * T + i) * N * R + r
 
     if INITIAL + LOCAL > 0:
         t_hi = t0 + tl.minimum((i0 + ROWS - 1) // R, tokens - 1)
@@ -176,18 +177,18 @@ def merge_kernel(
     own = t // LENGTH
     top = m
     for n in range(N):
-        merged = has_part(indices_ptr + slots + n, live, own, INITIAL, LOCAL)
-        lse2 = tl.load(part_lse_ptr + parts + n * R, mask=merged, other=float("-inf"))
+        merged = has_partial(indices_ptr + slots + n, live, own, INITIAL, LOCAL)
+        lse2 = tl.load(partial_lse_ptr + partial_rows + n * R, mask=merged, other=float("-inf"))
         top = tl.maximum(top, lse2)
     weight = tl.exp2(m - finite(top))
     norm *= weight
     acc *= weight[:, None]
     for n in range(N):
-        merged = has_part(indices_ptr + slots + n, live, own, INITIAL, LOCAL)
-        lse2 = tl.load(part_lse_ptr + parts + n * R, mask=merged, other=float("-inf"))
+        merged = has_partial(indices_ptr + slots + n, live, own, INITIAL, LOCAL)
+        lse2 = tl.load(partial_lse_ptr + partial_rows + n * R, mask=merged, other=float("-inf"))
         weight = tl.exp2(lse2 - finite(top))
-        part = load_rows(part_ptr, parts + n * R, merged, DV, PADDED_DV)
-        acc += weight[:, None] * part.to(tl.float32)
+        partial = load_rows(partial_ptr, partial_rows + n * R, merged, DV, PADDED_DV)
+        acc += weight[:, None] * partial.to(tl.float32)
         norm += weight
     norm = tl.where(norm > 0, norm, 1.0)
     store_rows(out_ptr, rows, live, acc / norm[:, None], DV, PADDED_DV)

@@ -13,7 +13,14 @@ from nsa.kernels.block_order.backward import (
     sum_slots_kernel,
 )
 from nsa.kernels.block_order.forward import block_fwd_kernel, merge_kernel
-from nsa.kernels.block_order.lists import Chunk, Plan, chunks_of, cut_items, plan_work, sort_slots
+from nsa.kernels.block_order.inverted_lists import (
+    Chunk,
+    Plan,
+    chunks_of,
+    cut_items,
+    plan_work,
+    sort_slots,
+)
 from nsa.kernels.partial_sums import summed
 from nsa.kernels.primitives import cdiv, padded, power_of_2, precision
 from nsa.kernels.registration import custom_op, register_autograd, register_fake
@@ -49,19 +56,19 @@ def attend_blocks(
     def launch(tile: Tile, merge: Tile) -> tuple[Tensor, Tensor]:
         out = torch.empty(B, T, H, DV, dtype=v.dtype, device=q.device)
         lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-        parts = plan.heads * plan.tokens * N * R
-        part = torch.empty(parts, DV, dtype=v.dtype, device=q.device)
-        part_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+        num_partials = plan.heads * plan.tokens * N * R
+        partial = torch.empty(num_partials, DV, dtype=v.dtype, device=q.device)
+        partial_lse = torch.empty(num_partials, dtype=torch.float32, device=q.device)
         for chunk in chunks_of(plan, B * J, T):
             block_fwd_kernel[(plan.items,)](
-                q, k, v, slots, starts, ends, item_lists, part, part_lse, T, num_blocks,
+                q, k, v, slots, starts, ends, item_lists, partial, partial_lse, T, num_blocks,
                 plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
                 **constants, **dense, PADDED_D=padded(D), PADDED_DV=padded(DV),
                 BLOCK_NEAR=power_of_2(local * length),
                 ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             merge_kernel[(cdiv(chunk.tokens * R, merge.rows) * chunk.heads,)](
-                q, k, v, part, part_lse, block_indices, out, lse,
+                q, k, v, partial, partial_lse, block_indices, out, lse,
                 T, chunk.first_head, chunk.first_token, chunk.tokens, D**-0.5,
                 H=H, G=v.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, **dense,
                 PADDED_N=power_of_2(N), PADDED_D=padded(D), PADDED_DV=padded(DV), ROWS=merge.rows,
@@ -131,35 +138,35 @@ def block_gradients(
         return torch.empty(*shape, dtype=torch.float32, device=device)
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        parts = plan.heads * plan.tokens * N * R
-        part_dq = torch.empty(parts, D, dtype=q.dtype, device=device)
-        part_dgate = new(parts) if gated else None
-        part_dk, part_dv = (new(plan.shared * length, W) for W in (D, DV))
+        num_partials = plan.heads * plan.tokens * N * R
+        partial_dq = torch.empty(num_partials, D, dtype=q.dtype, device=device)
+        partial_dgate = new(num_partials) if gated else None
+        partial_dk, partial_dv = (new(plan.shared * length, W) for W in (D, DV))
         dq, dk, dv = torch.empty_like(q), sums_for(k, J, plan), sums_for(v, J, plan)
         dgates = new(B * J, T, N) if gated else new(0)
         for chunk in chunks_of(plan, B * J, T):
             block_bwd_kernel[(plan.items,)](
                 q, k, v, dout, lse, delta,
                 slots, starts, ends, item_lists, shared_ends,
-                part_dq, part_dgate, part_dk, part_dv, dk, dv, T, num_blocks,
+                partial_dq, partial_dgate, partial_dk, partial_dv, dk, dv, T, num_blocks,
                 plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
                 **constants, GATES=gated, AHEAD=padded(max(D, DV)) <= 64,
                 WIDTH=min(64, padded(D)), WIDTH_V=min(64, padded(DV)),
                 ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             sum_items_kernel[(plan.lists, cdiv(length, 8), 2)](
-                part_dk, part_dv, dk, dv, ends, shared_ends, T, num_blocks,
+                partial_dk, partial_dv, dk, dv, ends, shared_ends, T, num_blocks,
                 chunk.number, chunk.first_head, chunk.first_token,
                 J=J, D=D, DV=DV, LENGTH=length, PADDED_D=padded(D), PADDED_DV=padded(DV),
                 KEYS=8, ITEMS=8, num_warps=4,
             )  # fmt: skip
             sum_slots_kernel[(cdiv(chunk.tokens * R, 32) * chunk.heads,)](
-                part_dq, block_indices, dq, T, chunk.first_head, chunk.first_token, chunk.tokens,
+                partial_dq, block_indices, dq, T, chunk.first_head, chunk.first_token, chunk.tokens,
                 H=H, J=J, N=N, D=D, PADDED_D=padded(D), ROWS=32, num_warps=4,
             )  # fmt: skip
-            if part_dgate is not None:
-                by_slot = part_dgate.view(plan.heads, plan.tokens, N, R).sum(-1)
-                part_of(dgates, chunk).copy_(by_slot[: chunk.heads, : chunk.tokens])
+            if partial_dgate is not None:
+                by_slot = partial_dgate.view(plan.heads, plan.tokens, N, R).sum(-1)
+                of_chunk(dgates, chunk).copy_(by_slot[: chunk.heads, : chunk.tokens])
         return dq, *summed(dk, dv, k, v, J), dgates
 
     with torch.cuda.device_of(q):
@@ -179,7 +186,7 @@ def sums_for(x: Tensor, index_heads: int, plan: Plan) -> Tensor:
     return torch.empty(B, T, index_heads, D, dtype=dtype, device=x.device)
 
 
-def part_of(dgates: Tensor, chunk: Chunk) -> Tensor:
+def of_chunk(dgates: Tensor, chunk: Chunk) -> Tensor:
     heads = dgates[chunk.first_head : chunk.first_head + chunk.heads]
     return heads[:, chunk.first_token : chunk.first_token + chunk.tokens]
 
@@ -216,7 +223,7 @@ def _(q, k, v, block_indices, out, lse, slots, starts, dout, gated, length, caus
 
 
 def _save(ctx, inputs, output):
-    q, k, v, block_indices, gates, *ctx.rule, _, _ = inputs
+    q, k, v, block_indices, gates, *ctx.sizes, _, _ = inputs
     ctx.save_for_backward(q, k, v, block_indices, *output)
     ctx.gates = None if gates is None else gates.dtype
     ctx.mark_non_differentiable(*output[1:])  # lse and the lists are for the backward pass
@@ -225,7 +232,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dout, _dlse, _slots, _starts):
     gated = ctx.gates is not None
-    grads = attend_blocks_backward(*ctx.saved_tensors, dout.contiguous(), gated, *ctx.rule)
+    grads = attend_blocks_backward(*ctx.saved_tensors, dout.contiguous(), gated, *ctx.sizes)
     dq, dk, dv, dgates = grads
     return dq, dk, dv, None, dgates.to(ctx.gates) if gated else None, None, None, None, None
 

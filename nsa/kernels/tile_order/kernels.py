@@ -1,14 +1,15 @@
-"""Flash attention of query tiles over the keys a rule shows: one forward, one backward.
+"""Flash attention of query tiles under a mask: one forward, one backward.
 
-Three branches differ only in which keys a token sees. `seen_keys` gives each token one interval
-[first, end) of keys, growing with the token, so a tile knows which key tiles to visit and which of
-them need a mask:
+The three branches differ only in which keys a token sees. `seen_keys` gives each token one interval
+[first, end) of keys. Both ends grow with the token, so a tile knows which key tiles to visit, and
+that only those at the edges of the interval need masking. The masks:
 
     prefix  compressed attention: memory keys, then every compressed block that has ended
     band    sliding window: the last w tokens
     bits    selected attention: all tokens so far, and a bit for every selection block
 
-What a loop streams comes as `*_tiles`: descriptors if DESCRIBED, else pointers (descriptors.py).
+The arrays that a loop streams come as `*_tiles`: descriptors if DESCRIBED, else pointers
+(descriptors.py).
 
 "bits" reads words [B, J, W, T]: bit s % 32 of word s // 32 says that the token keeps block s.
 """
@@ -32,19 +33,19 @@ from nsa.kernels.primitives import (
 @jit
 def seen_keys(
     t, num_keys,
-    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
     """The interval [first, end) of keys that token t may see; both ends grow with t."""
     first = t * 0
     end = t * 0 + num_keys
-    if RULE == "band":
+    if MASK == "band":
         first = tl.maximum(t - SPAN + 1, 0)
     if CAUSAL:
         end = t + 1
-        if RULE == "prefix":
+        if MASK == "prefix":
             end = MEMORY + tl.maximum(t + 1 - SPAN + STRIDE, 0) // STRIDE
-    elif RULE == "band":
+    elif MASK == "band":
         end = t + SPAN
     return first, tl.minimum(end, num_keys)
 
@@ -52,20 +53,20 @@ def seen_keys(
 @jit
 def seeing_tokens(
     s_lo, s_hi, T,
-    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
     """The interval [first, end) of tokens that may see any of the keys s_lo ... s_hi."""
     first = s_lo * 0
     end = s_lo * 0 + T
-    if RULE == "band":
+    if MASK == "band":
         end = tl.minimum(s_hi + SPAN, T)
     if CAUSAL:
         first = s_lo
-        if RULE == "prefix":
+        if MASK == "prefix":
             ended = (s_lo - MEMORY) * STRIDE + SPAN - 1  # the token that ends block s_lo
             first = tl.where(s_lo < MEMORY, 0, ended)
-    elif RULE == "band":
+    elif MASK == "band":
         first = tl.maximum(s_lo - SPAN + 1, 0)
     return first, end
 
@@ -85,7 +86,7 @@ def has_bit(word, offs_s, SPAN: tl.constexpr):
 def attend_fwd_kernel(
     q_ptr, k_tiles, v_tiles, words_ptr, out_ptr, lse_ptr, T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,9 +106,9 @@ def attend_fwd_kernel(
     q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
-    first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    s_lo, full_hi = seen_keys(t_lo, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    full_lo, s_hi = seen_keys(t_hi, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+    first, end = seen_keys(t, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    s_lo, full_hi = seen_keys(t_lo, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    full_lo, s_hi = seen_keys(t_hi, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
@@ -122,7 +123,7 @@ def attend_fwd_kernel(
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
             seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
             s = tl.where(seen, s, float("-inf"))
-        if RULE == "bits":
+        if MASK == "bits":
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
             s = tl.where(has_bit(word[:, None], offs_s[None, :], SPAN), s, float("-inf"))
         m, norm, acc = softmax_step(s, v, m, norm, acc, scale, PRECISION)
@@ -136,7 +137,7 @@ def attend_dq_kernel(
     q_ptr, k_tiles, v_tiles, words_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
@@ -167,9 +168,9 @@ def attend_dq_kernel(
         tl.store(delta_ptr + rows, delta, mask=live)
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
-    first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    s_lo, full_hi = seen_keys(t_lo, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    full_lo, s_hi = seen_keys(t_hi, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+    first, end = seen_keys(t, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    s_lo, full_hi = seen_keys(t_lo, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    full_lo, s_hi = seen_keys(t_hi, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
 
     dq = tl.zeros([ROWS, PADDED_D], tl.float32)
     for s0 in range(s_lo, s_hi, KEYS):
@@ -183,7 +184,7 @@ def attend_dq_kernel(
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
             seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
             p = tl.where(seen, p, 0.0)
-        if RULE == "bits":
+        if MASK == "bits":
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
             p = tl.where(has_bit(word[:, None], offs_s[None, :], SPAN), p, 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -212,7 +213,7 @@ def attend_dkv_kernel(
     q_tiles, k_ptr, v_ptr, words_ptr, dout_tiles, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     T, num_keys, num_words, batch, splits, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    RULE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
     PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
@@ -238,9 +239,9 @@ def attend_dkv_kernel(
     k = load_rows(k_ptr, key_rows, live_s, D, PADDED_D)  # [KEYS, PADDED_D]
     v = load_rows(v_ptr, key_rows, live_s, DV, PADDED_DV)  # [KEYS, PADDED_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
-    t_lo, t_hi = seeing_tokens(s0, s_hi, T, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-    # Whole tiles make a run. A row behind i_hi is behind T, and 0, or sees none of these keys, and
-    # is masked: by descriptor it holds what it holds.
+    t_lo, t_hi = seeing_tokens(s0, s_hi, T, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    # A run is whole tiles. A row behind i_hi is either behind T, and then 0, or sees none of these
+    # keys, and then masked: loaded by descriptor it has its own values.
     run = tl.cdiv(tl.cdiv(T, splits), ROWS) * ROWS
     i_lo = tl.maximum(t_lo, split * run) * R // ROWS * ROWS
     i_hi = tl.minimum(t_hi, (split + 1) * run) * R
@@ -249,7 +250,7 @@ def attend_dkv_kernel(
     dv = tl.zeros([KEYS, PADDED_DV], tl.float32)
     turn, round_ = shared_turn(i_lo, i_hi, ROWS)
     for i0 in range(i_lo, i_hi, ROWS):
-        if RULE == "band":
+        if MASK == "band":
             i0 += turn
             i0 = tl.where(i0 < i_lo + round_, i0, i0 - round_)
         offs_i = i0 + tl.arange(0, ROWS)
@@ -263,19 +264,19 @@ def attend_dkv_kernel(
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[None, :])  # [KEYS, ROWS]
-        _, full_hi = seen_keys(t0, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
-        full_lo, _ = seen_keys((i0 + ROWS - 1) // R, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+        _, full_hi = seen_keys(t0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+        full_lo, _ = seen_keys((i0 + ROWS - 1) // R, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
-            first, end = seen_keys(t, num_keys, RULE, CAUSAL, SPAN, STRIDE, MEMORY)
+            first, end = seen_keys(t, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
             seen = (offs_s[:, None] >= first[None, :]) & (offs_s[:, None] < end[None, :])
             p = tl.where(seen, p, 0.0)
-        if RULE == "bits":
+        if MASK == "bits":
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
             p = tl.where(has_bit(word[None, :], offs_s[:, None], SPAN), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    part_rows = ((split.to(tl.int64) * batch + b) * num_keys + offs_s) * J + j
-    store_rows(dk_ptr, part_rows, live_s, dk * scale, D, PADDED_D)
-    store_rows(dv_ptr, part_rows, live_s, dv, DV, PADDED_DV)
+    partial_rows = ((split.to(tl.int64) * batch + b) * num_keys + offs_s) * J + j
+    store_rows(dk_ptr, partial_rows, live_s, dk * scale, D, PADDED_D)
+    store_rows(dv_ptr, partial_rows, live_s, dv, DV, PADDED_DV)

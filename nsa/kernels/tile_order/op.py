@@ -1,7 +1,7 @@
-"""Attention of q over the keys that a mask shows, with its gradients: the op over kernels.py."""
+"""Attention under a mask of three kinds, with its gradients: the op over kernels.py."""
 
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,16 @@ DESCRIBED_ROWS = 2**18  # query rows from which on tiles are described
 RUN_ROWS = 2**14  # query rows of a run, about: few enough for the key tiles to keep pace
 
 
+class Mask(NamedTuple):
+    """Which keys a token sees: what `attend_tiles` takes after the tensors."""
+
+    kind: str  # prefix, band or bits: kernels.py says what each shows
+    causal: bool
+    span: int  # tokens: l, w or l'
+    stride: int = 1  # of prefix: d
+    memory: int = 0  # of prefix: memory keys, which every token sees
+
+
 @lru_cache
 def sizes(H: int, G: int, J: int, D: int, DV: int) -> dict[str, int]:
     """The compile-time sizes of every kernel here."""
@@ -37,7 +47,7 @@ def attend_tiles(
     k: Tensor,
     v: Tensor,
     words: Tensor | None,
-    rule: str,
+    mask: str,
     causal: bool,
     span: int,
     stride: int,
@@ -45,8 +55,7 @@ def attend_tiles(
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, Dv] and lse [B, T, H] of q [B, T, H, D] over k, v [B, S, G, D | Dv].
 
-    span is l, w or l' for prefix, band and bits; stride is d and memory the number of keys that
-    every token sees, both for prefix alone. Arrays are contiguous.
+    The arguments after `words` are those of a `Mask`. Arrays are contiguous.
     """
     (B, T, H, D), (_, S, G, DV) = q.shape, v.shape
     J = G if words is None else words.shape[1]
@@ -54,19 +63,19 @@ def attend_tiles(
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
         lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-        keys = key_tile(tile.keys, rule, span)
+        keys = key_tile(tile.keys, mask, span)
         described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
         attend_fwd_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
             q, k_tiles, v_tiles, words, out, lse, T, S, num_words(words), D**-0.5,
             **sizes(H, G, J, D, DV),
-            RULE=rule, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory,
+            MASK=mask, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory,
             ROWS=tile.rows, KEYS=keys, DESCRIBED=described, PRECISION=precision(),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out, lse
 
     with torch.cuda.device_of(q):
-        return with_tile(problem("attend_fwd", q, v, J, rule), launch)
+        return with_tile(problem("attend_fwd", q, v, J, mask), launch)
 
 
 @custom_op
@@ -79,14 +88,14 @@ def attend_tiles_backward(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    rule: str,
+    mask: str,
     causal: bool,
     span: int,
     stride: int,
     memory: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; no dlse stands for zeros."""
-    return gradients(q, k, v, words, lse, dout, (rule, causal, span, stride, memory), out, dlse)
+    """dq, dk, dv; without dlse it counts as zeros."""
+    return gradients(q, k, v, words, lse, dout, Mask(mask, causal, span, stride, memory), out, dlse)
 
 
 def gradients(
@@ -96,26 +105,26 @@ def gradients(
     words: Tensor | None,
     lse: Tensor,
     dout: Tensor,
-    rule: tuple[str, bool, int, int, int],
+    mask: Mask,
     out: Tensor | None = None,
     dlse: Tensor | None = None,
     *,
     delta: Tensor | None = None,
     onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; delta is that of out and dlse where it is not given, and dq is added `onto`."""
+    """dq (added `onto`, where given), dk, dv; delta comes from out and dlse unless it is given."""
     (B, T, H, D), (_, S, G, DV) = q.shape, v.shape
     J = G if words is None else words.shape[1]
     scalars = T, S, num_words(words)
-    name, causal, span, stride, memory = rule
     constants = sizes(H, G, J, D, DV) | dict(
-        RULE=name, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory, PRECISION=precision()
-    )
+        MASK=mask.kind, CAUSAL=mask.causal, SPAN=mask.span, STRIDE=mask.stride,
+        MEMORY=mask.memory, PRECISION=precision(),
+    )  # fmt: skip
 
     def launch_dq(tile: Tile, onto: Tensor | None = None) -> tuple[Tensor, Tensor]:
         dq = torch.empty_like(q) if onto is None else onto
         row_delta = torch.empty_like(lse) if delta is None else delta
-        keys = key_tile(tile.keys, name, span)
+        keys = key_tile(tile.keys, mask.kind, mask.span)
         described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
         attend_dq_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
             q, k_tiles, v_tiles, words, out, dout, lse, dlse, row_delta, dq, *scalars, D**-0.5,
@@ -126,9 +135,9 @@ def gradients(
         return dq, row_delta
 
     def launch_dkv(tile: Tile) -> tuple[Tensor, Tensor]:
-        keys = key_tile(tile.keys, name, span)
+        keys = key_tile(tile.keys, mask.kind, mask.span)
         programs = cdiv(S, keys) * B * J
-        splits = num_splits(programs, T * H // J, name, q.device)
+        splits = num_splits(programs, T * H // J, mask.kind, q.device)
         dk, dv = (partial_like(x, splits, J) for x in (k, v))
         described, q_tiles, dout_tiles = streamed(q, tile.rows, H // J, q, dout)
         attend_dkv_kernel[(programs * splits,)](
@@ -139,15 +148,15 @@ def gradients(
         return summed(dk, dv, k, v, J)
 
     with torch.cuda.device_of(q):
-        of_dq = problem("attend_dq", q, v, J, name)
+        of_dq = problem("attend_dq", q, v, J, mask.kind)
         dq, row_delta = with_tile(of_dq, launch_dq, partial(launch_dq, onto=onto))
-        dk, dv = with_tile(problem("attend_dkv", q, v, J, name), launch_dkv)
+        dk, dv = with_tile(problem("attend_dkv", q, v, J, mask.kind), launch_dkv)
     return dq, dk, dv
 
 
-def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, rule: str) -> Problem:
+def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, mask: str) -> Problem:
     _, T, H, D = q.shape
-    return Problem(kernel, q.dtype, D, v.shape[3], H // index_heads, T, q.device, rule)
+    return Problem(kernel, q.dtype, D, v.shape[3], H // index_heads, T, q.device, mask)
 
 
 def streamed(q: Tensor, rows: int, heads: int, x: Tensor, y: Tensor) -> tuple[bool, Any, Any]:
@@ -161,16 +170,16 @@ def num_words(words: Tensor | None) -> int:
     return 0 if words is None else words.shape[2]
 
 
-def key_tile(keys: int, rule: str, span: int) -> int:
+def key_tile(keys: int, mask: str, span: int) -> int:
     """Keys a tile holds; with bits, a tile's blocks lie in one word."""
-    while rule == "bits" and 32 * span % keys:
+    while mask == "bits" and 32 * span % keys:
         keys //= 2
     return keys
 
 
-def num_splits(programs: int, rows: int, rule: str, device: torch.device) -> int:
-    """Runs that a head's query rows are cut into; of a band each key tile sees few already."""
-    if rule == "band" or programs == 0:
+def num_splits(programs: int, rows: int, mask: str, device: torch.device) -> int:
+    """Runs that a head's query rows are cut into: one of a band, whose key tiles meet few rows."""
+    if mask == "band" or programs == 0:
         return 1
     enough = cdiv(4 * num_multiprocessors(device), programs)  # programs for the GPU
     return min(MAX_SPLITS, power_of_2(max(enough, cdiv(rows, RUN_ROWS))))
@@ -185,18 +194,18 @@ def partial_like(x: Tensor, splits: int, index_heads: int) -> Tensor:
 
 
 @register_fake(attend_tiles)
-def _(q, k, v, words, rule, causal, span, stride, memory):
+def _(q, k, v, words, mask, causal, span, stride, memory):
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
 @register_fake(attend_tiles_backward)
-def _(q, k, v, words, out, lse, dout, dlse, rule, causal, span, stride, memory):
+def _(q, k, v, words, out, lse, dout, dlse, mask, causal, span, stride, memory):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, words, *ctx.rule = inputs
+    q, k, v, words, *ctx.mask = inputs
     ctx.save_for_backward(q, k, v, words, *output)
     ctx.set_materialize_grads(False)  # lse seldom has a gradient
 
@@ -205,7 +214,7 @@ def _backward(ctx, dout, dlse):
     saved = ctx.saved_tensors
     dout = torch.zeros_like(saved[4]) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    grads = attend_tiles_backward(*saved, dout, dlse, *ctx.rule)
+    grads = attend_tiles_backward(*saved, dout, dlse, *ctx.mask)
     return *grads, None, None, None, None, None, None
 
 

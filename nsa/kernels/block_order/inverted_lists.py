@@ -1,4 +1,4 @@
-"""Who keeps which block, for the block order: a list of slots for every block.
+"""Who keeps which block, for the block order: inverted lists, one of slots for every block.
 
 Slot ((b * J + j) * T + t) * N + n names block block_indices[b, t, j, n]: the slots of an index head
 (b, j) lie together. Sorting them by block, stably, gives every block of a head the list of its
@@ -53,18 +53,18 @@ def cut_kernel(
     item_lists_ptr += chunk * num_items
     end, shared_end = 0, 0
     for l0 in range(0, num_lists, LISTS):
-        lst = l0 + tl.arange(0, LISTS)
-        live = lst < num_lists
-        start = tl.load(starts_ptr + lst, mask=live, other=0)
-        items = tl.cdiv(tl.load(starts_ptr + lst + 1, mask=live, other=0) - start, ITEM)
-        there = live & (chunk // runs * num_lists + lst < all_lists)
+        list_id = l0 + tl.arange(0, LISTS)
+        live = list_id < num_lists
+        start = tl.load(starts_ptr + list_id, mask=live, other=0)
+        items = tl.cdiv(tl.load(starts_ptr + list_id + 1, mask=live, other=0) - start, ITEM)
+        there = live & (chunk // runs * num_lists + list_id < all_lists)
         items = tl.where(there, tl.maximum(items, 1), 0)
         shared = tl.where(items > 1, items, 0)
         ends = end + tl.cumsum(items, 0)
-        tl.store(ends_ptr + lst, ends, mask=live)
-        tl.store(shared_ends_ptr + lst, shared_end + tl.cumsum(shared, 0), mask=live)
+        tl.store(ends_ptr + list_id, ends, mask=live)
+        tl.store(shared_ends_ptr + list_id, shared_end + tl.cumsum(shared, 0), mask=live)
         for place in range(tl.max(items, 0)):
-            tl.store(item_lists_ptr + ends - items + place, lst, mask=place < items)
+            tl.store(item_lists_ptr + ends - items + place, list_id, mask=place < items)
         end += tl.sum(items, 0)
         shared_end += tl.sum(shared, 0)
 
@@ -72,13 +72,13 @@ def cut_kernel(
 @jit
 def find_item(item_lists_ptr, ends_ptr, starts_ptr, item, ITEM: tl.constexpr):
     """The list of a work item, its place among that list's items, their number, its slots."""
-    lst = tl.load(item_lists_ptr + item)
-    before = tl.load(ends_ptr + lst - 1, mask=lst > 0, other=0)
+    list_id = tl.load(item_lists_ptr + item)
+    before = tl.load(ends_ptr + list_id - 1, mask=list_id > 0, other=0)
     place = item - before
-    count = tl.load(ends_ptr + lst) - before
-    lo = tl.load(starts_ptr + lst) + place * ITEM
-    hi = tl.minimum(lo + ITEM, tl.load(starts_ptr + lst + 1))
-    return lst, place, count, lo, hi
+    count = tl.load(ends_ptr + list_id) - before
+    lo = tl.load(starts_ptr + list_id) + place * ITEM
+    hi = tl.minimum(lo + ITEM, tl.load(starts_ptr + list_id + 1))
+    return list_id, place, count, lo, hi
 
 
 @jit
