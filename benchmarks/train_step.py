@@ -26,7 +26,7 @@ from callbacks.throughput import peak_flops_of
 from nsa.attention import SparseAttention, WindowAttention
 from nsa.backends import BACKENDS, resolve_backend
 from nsa.training import cuda_graphs, parallel
-from nsa.training.lightning_module import label_sums
+from nsa.training.label_sums import label_sums
 from nsa.training.optimizers import build_optimizer
 from nsa.transformer import Transformer
 

@@ -3,9 +3,8 @@
 Maps tokens [B T M] to tokens [B T M]; M is the model's width, other letters as in `nsa.reference`.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,19 +21,22 @@ from nsa.compress_networks import BlockCompressor, CompressMLP, check_folds
 from nsa.config import NSAConfig
 from nsa.gates import gate_network, split_gates
 from nsa.heads import Branches, Heads, Projected
-from nsa.importance import RULES, Rule
-from nsa.layer import AttentionLayer, check_heads, check_tokens, like_keys
-from nsa.plugins import Spec, find
+from nsa.layer import ProjectingLayer, check_heads, check_tokens, like_keys
+from nsa.options import (
+    check_scores_can_learn,
+    importance_rule,
+    kv_layout,
+    warn_if_phi_is_large,
+)
+from nsa.plugins import Spec
 from nsa.rotary import rotary_angles
 from nsa.selection import check_selection, control_blocks
 from nsa.twins import Attention, WindowAttention
 
 __all__ = ["Attention", "SparseAttention", "WindowAttention"]
 
-log = logging.getLogger(__name__)
 
-
-class SparseAttention(AttentionLayer):
+class SparseAttention(ProjectingLayer):
     """Native Sparse Attention: compressed, selected and sliding-window attention, gated (eq. 5).
 
     Positional arguments have the names and the order of native-sparse-attention-pytorch.
@@ -119,8 +121,7 @@ class SparseAttention(AttentionLayer):
             causal=causal,
             importance=importance_rule(importance),
         )
-        self.heads, self.dim_head = heads, dim_head
-        self.kv_heads = check_heads(heads, kv_heads, dim_head)
+        groups = check_heads(heads, kv_heads, dim_head)
         self.use_diff_topk = use_diff_topk and num_selected_blocks > 0
         self.shared_selection = query_heads_share_selected_kv
         self.compressed_output = compressed_output
@@ -130,17 +131,21 @@ class SparseAttention(AttentionLayer):
         if phi is None:
             phi = CompressMLP(dim_head, compress_block_size, compress_mlp_expand_factor)
         if not compressed_output:
-            _check_scores_can_learn(self, phi, kv_per_branch, num_compressed_mem_kv)
+            check_scores_can_learn(
+                phi,
+                num_selected_blocks=num_selected_blocks,
+                use_diff_topk=self.use_diff_topk,
+                kv_per_branch=kv_per_branch,
+                num_memories=num_compressed_mem_kv,
+            )
 
-        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.kv_layout = _kv_layout(kv_per_branch, compressed_output, num_selected_blocks > 0)
-        kv_width = (max(self.kv_layout) + 1) * self.kv_heads * dim_head
-        self.to_kv = nn.Linear(dim, kv_width, bias=False)
+        self.kv_layout = kv_layout(kv_per_branch, compressed_output, num_selected_blocks > 0)
+        kv_width = (max(self.kv_layout) + 1) * groups * dim_head
+        self.build_projections(dim, dim_head, heads, groups, kv_width=kv_width, norm=norm)
         self._build_compression(phi, num_compressed_mem_kv)
         self.to_gates = gate_network(dim, heads, gate_bias, strategy_combine_mlp)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
-        self._say_if_phi_outweighs_the_rest()
+        warn_if_phi_is_large(self, [c.network for c in self._compressors])
 
     def _resolve_backend(self, backend: str, num_memories: int) -> str:
         needed = {
@@ -167,6 +172,10 @@ class SparseAttention(AttentionLayer):
         if num_memories:
             self.mem_k = nn.Parameter(torch.randn(groups, num_memories, width) * 0.02)
             self.mem_v = nn.Parameter(torch.randn(groups, num_memories, width) * 0.02)
+
+    @property
+    def _compressors(self) -> list[BlockCompressor]:
+        return [c for c in (self.compress_k, self.compress_v) if c is not None]
 
     def forward(
         self,
@@ -238,9 +247,9 @@ class SparseAttention(AttentionLayer):
         q_rot, k_slc, k_win = (
             ops.rotate(x, angles, backend=self.backend) for x in (q, k_slc, k_win)
         )
-        # Blocks are compressed, and scored, before rotation: a mean of turned keys is no key.
+        # Blocks are compressed, and scored, before rotation: a mean of rotated keys is meaningless.
         k_cmp = self.compress_k(k_cmp)
-        # Where only the lse counts, values do not matter.
+        # Where only the lse counts, any values do.
         v_cmp = k_cmp if self.compress_v is None else self.compress_v(v_cmp)
         mem_k, mem_v = self.memory(q)
         return Projected(q, k_cmp, v_cmp, mem_k, mem_v, q_rot, k_slc, v_slc, k_win, v_win, gates)
@@ -256,17 +265,13 @@ class SparseAttention(AttentionLayer):
         return keys if self.compressed_output else keys | {"compressed": 0 * keys["sliding"]}
 
     def compress_flops(self, num_tokens: int) -> float:
-        """φ of one block, counted, times C."""
+        """What φ spends on one block, counted as it runs, times C."""
         shape = (1, self.kv_heads, 1, self.cfg.compress_block_size, self.dim_head)
         windows = torch.empty(shape, device="meta")
         with FlopCounterMode(display=False) as counter:
-            for compressor in (self.compress_k, self.compress_v):
-                if compressor is not None:
-                    phi = compressor.network
-                    blank = {
-                        k: torch.empty_like(p, device="meta") for k, p in phi.named_parameters()
-                    }
-                    functional_call(phi, blank, windows)
+            for phi in (compressor.network for compressor in self._compressors):
+                blank = {k: torch.empty_like(p, device="meta") for k, p in phi.named_parameters()}
+                functional_call(phi, blank, windows)
         return float(counter.get_total_flops()) * blocks.num_compress_blocks(num_tokens, self.cfg)
 
     def extra_repr(self) -> str:
@@ -276,68 +281,4 @@ class SparseAttention(AttentionLayer):
             f"d={cfg.compress_block_sliding_stride}, l′={cfg.selection_block_size}, "
             f"n={cfg.num_selected_blocks}, heads={self.heads}, kv_heads={self.kv_heads}, "
             f"causal={cfg.causal}, backend={self.backend}"
-        )
-
-    def _say_if_phi_outweighs_the_rest(self) -> None:
-        whole = sum(p.numel() for p in self.parameters())
-        compressors = [c for c in (self.compress_k, self.compress_v) if c is not None]
-        phi = sum(p.numel() for c in compressors for p in c.network.parameters())
-        if 2 * phi > whole:
-            _warn_once(
-                f"φ ({type(self.compress_k.network).__name__}, for keys and for values) has "
-                f"{phi / 1e6:.1f} of this layer's {whole / 1e6:.1f} million parameters "
-                f"({phi / whole:.0%}): compress_mlp=AttentionPool(dim_head, compress_block_size), "
-                "MeanPool(), or a small compress_mlp_expand_factor are lighter"
-            )
-
-
-@cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
-
-
-def importance_rule(importance: Spec) -> str | Rule:
-    """A built-in rule stays its name, by which backends know it; one's own becomes a function."""
-    if isinstance(importance, str):
-        return importance
-    if isinstance(importance, Mapping) and set(importance) == {"name"}:
-        return importance["name"]
-    return importance if callable(importance) else find("importance", importance, RULES)
-
-
-def _kv_layout(kv_per_branch: bool, compressed_output: bool, selects: bool) -> tuple[int, ...]:
-    """Which part of `to_kv` each of k_cmp, v_cmp, k_slc, v_slc, k_win, v_win is.
-
-    What nothing reads has no part of its own (it stands for another): a parameter that no loss
-    reaches would stop distributed training.
-    """
-    if not kv_per_branch:
-        return (0, 1) * 3
-    compressed = (0, 1) if compressed_output else (0, 0)
-    first = max(compressed) + 1
-    selected = (first, first + 1)
-    sliding = (first + 2, first + 3) if selects else selected
-    return (*compressed, *selected, *sliding)
-
-
-def _check_scores_can_learn(
-    attn: SparseAttention, phi: nn.Module, kv_per_branch: bool, num_memories: int
-) -> None:
-    """Without the compressed output something else must train the scores that select blocks."""
-    if not attn.cfg.num_selected_blocks:
-        raise ValueError(
-            "compressed_output=False with num_selected_blocks=0 leaves only the window: "
-            "use WindowAttention"
-        )
-    if num_memories:
-        raise ValueError(
-            f"num_compressed_mem_kv={num_memories} needs compressed_output=True: memory keys and "
-            f"values are read by the compressed branch alone"
-        )
-    has_parameters = next(phi.parameters(), None) is not None
-    if not attn.use_diff_topk and (kv_per_branch or has_parameters):
-        raise ValueError(
-            "compressed_output=False leaves nothing to train the scores that select blocks: "
-            "use use_diff_topk=True, or kv_per_branch=False with a compress_mlp without "
-            "parameters (MeanPool)"
         )

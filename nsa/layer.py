@@ -1,11 +1,10 @@
 """What every attention layer of a `Transformer` is: the contract for a layer kind of one's own.
 
-A layer maps tokens [B T M] to tokens [B T M], norms its own input, and is built from those of
-`Transformer`'s sizes and options that its constructor names.
+A layer maps tokens [B T M] to tokens [B T M] and norms its own input. Its constructor is given the
+sizes and options of `Transformer` that it has parameters for.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +16,8 @@ from nsa.cache import LayerCache
 class AttentionLayer(nn.Module, ABC):
     """Base of the layer kinds.
 
-    A subclass sets `heads` and `dim_head`, ends in the linear layer `to_out` (whose start shrinks
-    with depth), and says what its queries read, so that a model's cost can be counted.
+    A subclass sets `heads` and `dim_head`, ends in the linear layer `to_out` (initialised smaller
+    in deeper models), and says what its queries read, so that a model's cost can be counted.
     """
 
     heads: int
@@ -45,8 +44,24 @@ class AttentionLayer(nn.Module, ABC):
         )
 
 
-def like_keys(attn: Any, batch: int) -> Float[Tensor, "B 0 G D"]:
-    """No keys, in the dtype and on the device of those that a layer makes."""
+class ProjectingLayer(AttentionLayer):
+    """A layer kind that projects its normed input to rotated queries, keys and values."""
+
+    kv_heads: int
+    rope_base: float
+
+    def build_projections(
+        self, dim: int, dim_head: int, heads: int, kv_heads: int, *, kv_width: int, norm: bool
+    ) -> None:
+        """Make `norm`, `to_q` and `to_kv`; `kv_width` is that of all keys and values together."""
+        self.heads, self.dim_head, self.kv_heads = heads, dim_head, kv_heads
+        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, kv_width, bias=False)
+
+
+def like_keys(attn: ProjectingLayer, batch: int) -> Float[Tensor, "B 0 G D"]:
+    """An array of no keys, in the dtype and on the device of those that a layer makes."""
     weight = attn.to_kv.weight
     dtype = weight.dtype
     if torch.is_autocast_enabled(weight.device.type):
@@ -57,12 +72,12 @@ def like_keys(attn: Any, batch: int) -> Float[Tensor, "B 0 G D"]:
 
 
 def check_heads(heads: int, kv_heads: int | None, dim_head: int) -> int:
-    """The number of key/value heads. Raises ValueError if the heads cannot be grouped or turned."""
+    """The number of key/value heads. Raises ValueError if heads cannot be grouped or rotated."""
     kv_heads = heads if kv_heads is None else kv_heads
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
     if dim_head % 2:
-        raise ValueError(f"dim_head={dim_head} must be even: rotary embedding turns pairs")
+        raise ValueError(f"dim_head={dim_head} must be even: rotary embedding rotates pairs")
     return kv_heads
 
 
@@ -74,6 +89,6 @@ def check_tokens(tokens: Tensor, dim: int) -> None:
             f"dim={dim}" + ("; tokens[None] makes a batch of one" if tokens.ndim == 2 else "")
         )
     if not tokens.shape[1]:
-        raise ValueError("tokens has no token: each sequence needs at least one")
+        raise ValueError("tokens is empty: each sequence needs at least one token")
     if not torch.is_floating_point(tokens):
         raise ValueError(f"tokens has dtype {tokens.dtype}: attention takes floats, not token ids")

@@ -1,71 +1,25 @@
-"""The Transformer: embedding, blocks of attention and feed-forward, head; its cost; sampling.
+"""The Transformer: embedding, blocks of attention and feed-forward, head.
 
 Letters: B batch, T tokens, M model width, V vocabulary.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import cycle, islice, repeat
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from nsa import cost
 from nsa.attention import Attention, SparseAttention, WindowAttention
-from nsa.cache import LayerCache, ModelCache
+from nsa.cache import ModelCache
 from nsa.compress_networks import build_compress_network
 from nsa.layer import AttentionLayer
 from nsa.plugins import Spec, ask, find, label
 from nsa.sampling import Draw, Prompts, stream
-
-
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): the hidden width is `expand` times the model's, in steps of 64."""
-
-    def __init__(self, dim: int, expand: float = 8 / 3) -> None:
-        super().__init__()
-        hidden = -(-int(dim * expand) // 64) * 64
-        self.norm = nn.RMSNorm(dim)
-        self.to_hidden = nn.Linear(dim, 2 * hidden, bias=False)
-        self.to_out = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        hidden, gate = self.to_hidden(self.norm(tokens)).chunk(2, dim=-1)
-        return self.to_out(hidden * F.silu(gate))
-
-
-class Block(nn.Module):
-    """Attention, then feed-forward; both norm their own input and add to the residual stream."""
-
-    def __init__(
-        self, attention: AttentionLayer, feed_forward: FeedForward, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.attention = attention
-        self.feed_forward = feed_forward
-        self.dropout = nn.Dropout(dropout)
-        self.checkpoint: Callable[..., Tensor] | None = None  # nsa.training.parallel decides
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "B T M"],
-        cache: LayerCache | None = None,
-        counts: Int[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B T M"]:
-        """`cache` and `counts` as in `SparseAttention.forward`; the cache takes the tokens in."""
-        if cache is not None:
-            tokens = tokens + self.attention(tokens, cache=cache, counts=counts)
-            return tokens + self.feed_forward(tokens)
-        if self.checkpoint is None:
-            return self._forward(tokens)
-        return self.checkpoint(self._forward, tokens)
-
-    def _forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        tokens = tokens + self.dropout(self.attention(tokens))
-        return tokens + self.dropout(self.feed_forward(tokens))
+from nsa.transformer_block import Block, FeedForward
 
 
 def sparse_attention(
@@ -98,14 +52,14 @@ ATTENTION_OPTIONS = {"compress_network", *signature(SparseAttention).parameters}
 
 
 def build_layer(kind: Spec, **known: Any) -> AttentionLayer:
-    """The attention of one layer: of `LAYER_KINDS`, or one's own (see `nsa.plugins`, `nsa.layer`).
+    """The attention of one layer: one of `LAYER_KINDS`, or one's own (`nsa.plugins`, `nsa.layer`).
 
-    Its constructor is given what it has parameters for of `dim`, `dim_head`, `heads`, `kv_heads`,
-    `output_gate`, `layer` (its number), the options of `attention` by their names, and `attention`
-    itself.
+    Its constructor is given those that it has parameters for: `dim`, `dim_head`, `heads`,
+    `kv_heads`, `output_gate`, `layer` (its number), the options of `attention` by their names, and
+    `attention` itself.
 
     Raises:
-        ValueError: if there is no such kind, or if it is no `AttentionLayer`.
+        ValueError: if there is no such kind, or if it is not an `AttentionLayer`.
     """
     layer = ask(find("layer_pattern", kind, LAYER_KINDS), **known)
     if not isinstance(layer, AttentionLayer):
@@ -123,9 +77,9 @@ class Transformer(nn.Module):
         vocab_size: V.
         dim, depth, heads, dim_head, kv_heads: width, layers, query heads, width of a head and
             key/value heads (None: as many as query heads).
-        seq_len: T in training; sampling looks back at most so far.
-        layer_pattern: kinds of layers ("nsa", "window", "dense", or one's own as `nsa.plugins` has
-            it), cycled over the layers.
+        seq_len: T in training; sampling looks back no further.
+        layer_pattern: kinds of layers, repeated until there are `depth`: "nsa", "window", "dense",
+            or one's own (see `nsa.plugins`).
         attention: NSA's sizes and options, by the names of `SparseAttention`, and
             `compress_network`, which names φ (`nsa.compress_networks.build_compress_network`).
         dense_output_gate: give dense layers a sigmoid output gate, so that NSA is not credited
@@ -258,37 +212,12 @@ class Transformer(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def visible_tokens(self, num_tokens: int) -> float:
-        """Keys that the last of `num_tokens` queries reads, summed over branches (eq. 6).
-
-        The mean over the layers.
-        """
-        counts = [block.attention.keys_per_query(num_tokens) for block in self.blocks]
-        return sum(int(keys[-1]) for layer in counts for keys in layer.values()) / len(counts)
-
-    def flops_by_part(self, num_tokens: int) -> dict[str, float]:
-        """Floating-point operations a token costs in training, forward and backward, by part.
-
-        A product of m×k and k×n counts 2mkn; the backward pass counts twice the forward one;
-        what kernels recompute does not count. Parts: `linear` (projections, feed-forward, head),
-        `compress` (φ), and each branch's attention by name, averaged over the queries of a
-        sequence of `num_tokens`.
-        """
-        parts: defaultdict[str, float] = defaultdict(float)
-        parts["linear"] = 2.0 * self.head.weight.numel()
-        for block in self.blocks:
-            attention = block.attention
-            linears = [block.feed_forward.to_hidden, block.feed_forward.to_out]
-            linears += [m for m in attention.children() if isinstance(m, nn.Linear)]
-            parts["linear"] += sum(2 * linear.weight.numel() for linear in linears)
-            parts["compress"] += attention.compress_flops(num_tokens) / num_tokens
-            for branch, keys in attention.keys_per_query(num_tokens).items():
-                pair = 4 * attention.heads * attention.dim_head  # q·k and p·v
-                parts[branch] += pair * float(keys.double().mean())
-        return {part: 3.0 * forward for part, forward in parts.items() if forward}
+        """See `nsa.cost.visible_tokens`."""
+        return cost.visible_tokens(self.blocks, num_tokens)
 
     def flops_per_token(self, num_tokens: int) -> float:
-        """The sum of `flops_by_part`."""
-        return sum(self.flops_by_part(num_tokens).values())
+        """The sum of `nsa.cost.training_flops`."""
+        return sum(cost.training_flops(self.blocks, self.head, num_tokens).values())
 
     def sample(
         self,

@@ -1,5 +1,6 @@
-"""What NSA is compared with: the same layer with dense, or with sliding-window attention."""
+"""What NSA is compared with: the same layer with dense or with sliding-window attention."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,11 +15,75 @@ from nsa.backends import resolve_backend
 from nsa.cache import LayerCache, dense_cache, window_cache
 from nsa.config import NSAConfig
 from nsa.gates import zero_linear
-from nsa.layer import AttentionLayer, check_heads, check_tokens, like_keys
+from nsa.layer import ProjectingLayer, check_heads, check_tokens, like_keys
 from nsa.rotary import angles_at, rotary_angles, rotate
 
 
-class Attention(AttentionLayer):
+class Twin(ProjectingLayer):
+    """What both twins share: projections, rotation, and the choice between a cache and none."""
+
+    causal: bool
+    rotates_by: str = "torch"  # a backend
+
+    def __init__(
+        self, dim: int, dim_head: int, heads: int, kv_heads: int | None, *, norm: bool
+    ) -> None:
+        super().__init__()
+        groups = check_heads(heads, kv_heads, dim_head)
+        kv_width = 2 * groups * dim_head
+        self.build_projections(dim, dim_head, heads, groups, kv_width=kv_width, norm=norm)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B T M"],
+        cache: LayerCache | None = None,
+        return_cache: bool = False,
+        *,
+        counts: Int[Tensor, " B"] | None = None,
+    ) -> Any:
+        """See `SparseAttention.forward`."""
+        check_tokens(tokens, self.to_q.in_features)
+        tokens = self.norm(tokens)
+        project = partial(self._project, tokens)
+        if cache is None and not return_cache:
+            return self._output(tokens, self._attend(*project()))
+        cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
+        decoding.make_room(cache, tokens.shape[1], causal=self.causal)
+        out = self._output(tokens, self._attend_cached(project, cache, counts))
+        return (out, cache) if return_cache else out
+
+    @abstractmethod
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B T H D"]:
+        """Attention of a whole sequence."""
+
+    @abstractmethod
+    def _attend_cached(
+        self, project: decoding.Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
+    ) -> Float[Tensor, "B T H D"]:
+        """Attention of new tokens, which `project` gives at their positions, and of the cache."""
+
+    def _output(
+        self, tokens: Float[Tensor, "B T M"], out: Float[Tensor, "B T H D"]
+    ) -> Float[Tensor, "B T M"]:
+        return self.to_out(out.flatten(-2))
+
+    def _project(
+        self,
+        tokens: Float[Tensor, "B T M"],
+        positions: Callable[[int], Int[Tensor, "B T"]] | None = None,
+    ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G D"]]:
+        """Queries, keys and values of normed tokens that stand at `positions`, or at 0 … T - 1."""
+        q = rearrange(self.to_q(tokens), "B T (H D) -> B T H D", H=self.heads)
+        k, v = rearrange(self.to_kv(tokens), "B T (P G D) -> P B T G D", P=2, G=self.kv_heads)
+        num_tokens, backend = tokens.shape[1], self.rotates_by
+        if positions is not None:
+            angles = angles_at(positions(num_tokens), self.dim_head, base=self.rope_base)
+            return rotate(q, angles), rotate(k, angles), v
+        angles = rotary_angles(num_tokens, self.dim_head, base=self.rope_base, device=tokens.device)
+        return ops.rotate(q, angles, backend=backend), ops.rotate(k, angles, backend=backend), v
+
+
+class Attention(Twin):
     """Dense attention (eq. 1-2), rotary, through PyTorch's scaled_dot_product_attention.
 
     `output_gate` multiplies each head's output by a sigmoid of the normed input, as NSA's gates
@@ -40,46 +105,29 @@ class Attention(AttentionLayer):
         output_gate: bool = False,
         rope_base: float = 10_000.0,
     ) -> None:
-        super().__init__()
-        self.heads, self.dim_head, self.causal = heads, dim_head, causal
-        self.kv_heads = check_heads(heads, kv_heads, dim_head)
-        self.rope_base = rope_base
-        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * self.kv_heads * dim_head, bias=False)
+        super().__init__(dim, dim_head, heads, kv_heads, norm=norm)
+        self.causal, self.rope_base = causal, rope_base
         self.to_gate = zero_linear(dim, heads) if output_gate else None
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def forward(
-        self,
-        tokens: Float[Tensor, "B T M"],
-        cache: LayerCache | None = None,
-        return_cache: bool = False,
-        *,
-        counts: Int[Tensor, " B"] | None = None,
-    ) -> Any:
-        """See `SparseAttention.forward`."""
-        check_tokens(tokens, self.to_q.in_features)
-        tokens = self.norm(tokens)
-        if cache is None and not return_cache:
-            q, k, v = rotated_qkv(self, tokens, "torch")
-            return self._gated(tokens, decoding.scaled_dot_product(q, k, v, causal=self.causal))
-        cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
-        project = partial(rotated_qkv, self, tokens, "torch")
-        decoding.make_room(cache, tokens.shape[1], causal=self.causal)
-        out = self._gated(tokens, decoding.dense_attention(project, cache, counts))
-        return (out, cache) if return_cache else out
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B T H D"]:
+        return decoding.scaled_dot_product(q, k, v, causal=self.causal)
+
+    def _attend_cached(
+        self, project: decoding.Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
+    ) -> Float[Tensor, "B T H D"]:
+        return decoding.dense_attention(project, cache, counts)
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """See `SparseAttention.empty_cache`."""
         return dense_cache(like_keys(self, batch), capacity)
 
-    def _gated(
+    def _output(
         self, tokens: Float[Tensor, "B T M"], out: Float[Tensor, "B T H D"]
     ) -> Float[Tensor, "B T M"]:
         if self.to_gate is not None:
             out = out * self.to_gate(tokens).sigmoid()[..., None]
-        return self.to_out(rearrange(out, "B T H D -> B T (H D)"))
+        return super()._output(tokens, out)
 
     def keys_per_query(self, num_tokens: int) -> dict[str, Int[Tensor, " T"]]:
         keys = torch.arange(1, num_tokens + 1)
@@ -89,7 +137,7 @@ class Attention(AttentionLayer):
         return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}"
 
 
-class WindowAttention(AttentionLayer):
+class WindowAttention(Twin):
     """Sliding-window attention alone: exactly `sliding_window_size` keys, rotary."""
 
     def __init__(
@@ -105,38 +153,21 @@ class WindowAttention(AttentionLayer):
         *,
         rope_base: float = 10_000.0,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, dim_head, heads, kv_heads, norm=norm)
         self.cfg = NSAConfig(sliding_window_size=sliding_window_size, causal=causal)
-        self.heads, self.dim_head = heads, dim_head
-        self.kv_heads = check_heads(heads, kv_heads, dim_head)
-        self.rope_base = rope_base
-        self.backend = resolve_backend(backend, options=() if causal else ("causal=False",))
-        self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * self.kv_heads * dim_head, bias=False)
+        self.causal, self.rope_base = causal, rope_base
+        self.backend = self.rotates_by = resolve_backend(
+            backend, options=() if causal else ("causal=False",)
+        )
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def forward(
-        self,
-        tokens: Float[Tensor, "B T M"],
-        cache: LayerCache | None = None,
-        return_cache: bool = False,
-        *,
-        counts: Int[Tensor, " B"] | None = None,
-    ) -> Any:
-        """See `SparseAttention.forward`."""
-        check_tokens(tokens, self.to_q.in_features)
-        tokens = self.norm(tokens)
-        if cache is None and not return_cache:
-            q, k, v = rotated_qkv(self, tokens, self.backend)
-            out = ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)
-            return self.to_out(out.flatten(-2))
-        cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
-        project = partial(rotated_qkv, self, tokens, self.backend)
-        decoding.make_room(cache, tokens.shape[1], causal=self.cfg.causal)
-        out = decoding.window_attention(project, cache, self.cfg, counts, backend=self.backend)
-        out = self.to_out(out.flatten(-2))
-        return (out, cache) if return_cache else out
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B T H D"]:
+        return ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)
+
+    def _attend_cached(
+        self, project: decoding.Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
+    ) -> Float[Tensor, "B T H D"]:
+        return decoding.window_attention(project, cache, self.cfg, counts, backend=self.backend)
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """See `SparseAttention.empty_cache`."""
@@ -150,21 +181,3 @@ class WindowAttention(AttentionLayer):
             f"w={self.cfg.sliding_window_size}, heads={self.heads}, kv_heads={self.kv_heads}, "
             f"causal={self.cfg.causal}, backend={self.backend}"
         )
-
-
-def rotated_qkv(
-    attn: Attention | WindowAttention,
-    tokens: Float[Tensor, "B T M"],
-    backend: str,
-    positions: Callable[[int], Int[Tensor, "B T"]] | None = None,
-) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G D"]]:
-    """Queries, keys and values of normed tokens that stand at `positions`, or at 0 … T - 1."""
-    q = rearrange(attn.to_q(tokens), "B T (H D) -> B T H D", H=attn.heads)
-    k, v = rearrange(attn.to_kv(tokens), "B T (P G D) -> P B T G D", P=2, G=attn.kv_heads)
-    if positions is not None:
-        angles = angles_at(positions(tokens.shape[1]), attn.dim_head, base=attn.rope_base)
-        return rotate(q, angles), rotate(k, angles), v
-    angles = rotary_angles(
-        tokens.shape[1], attn.dim_head, base=attn.rope_base, device=tokens.device
-    )
-    return ops.rotate(q, angles, backend=backend), ops.rotate(k, angles, backend=backend), v

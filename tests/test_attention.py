@@ -18,10 +18,10 @@ from nsa.attention import Attention, SparseAttention, WindowAttention
 from nsa.compress_networks import (
     AttentionPool,
     CompressMLP,
-    CompressTransformer,
     GroupedMLP,
     MeanPool,
 )
+from nsa.compress_transformers import CompressTransformer
 from nsa.rotary import angles_at, rotary_angles, rotate
 
 DIM, D, H, G = 24, 8, 4, 2

@@ -9,15 +9,14 @@ from nsa.compress_networks import (
     AttentionPool,
     BlockCompressor,
     CompressMLP,
-    CompressTransformer,
     ConvLinearCompress,
     GroupedMLP,
     MeanPool,
-    PerHeadTransformer,
     SingleProjection,
     build_compress_network,
     check_folds,
 )
+from nsa.compress_transformers import CompressTransformer, PerHeadTransformer
 from nsa.config import NSAConfig
 from nsa.pooling import block_means
 

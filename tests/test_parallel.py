@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa.training import parallel
-from nsa.training.lightning_module import label_sums
+from nsa.training.label_sums import label_sums
 from nsa.transformer import Transformer
 from runs import strategies
 

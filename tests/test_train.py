@@ -21,13 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from data.metrics import ACCURACY, BITS_PER_BYTE
-from nsa.training.lightning_module import (
-    NSALightningModule,
-    label_sums,
-    micro_batch_seed,
-    seed_generators,
-)
+from nsa.training.label_sums import label_sums
+from nsa.training.lightning_module import NSALightningModule
 from nsa.training.optimizers import adamw, build_schedule, cosine, parameter_groups, wsd
+from nsa.training.seeds import micro_batch_seed, seed_generators
 from nsa.transformer import Transformer
 from runs import run
 from runs.results import FIGURES

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nsa.attention import Attention, SparseAttention, WindowAttention
+from nsa.cost import training_flops
 from nsa.transformer import Transformer
 
 V, DIM, HEADS, KV_HEADS, DIM_HEAD, DEPTH = 61, 32, 4, 2, 8, 2
@@ -112,7 +113,7 @@ def test_feed_forward_width_follows_expand() -> None:
     assert model.layers[0].feed_forward.to_out.in_features == 4 * DIM
 
 
-def test_flops_by_part_equal_a_count_by_hand() -> None:
+def test_training_flops_equal_a_count_by_hand() -> None:
     num_tokens, layers, pair = 64, DEPTH, 4 * HEADS * DIM_HEAD
     inner, kv = HEADS * DIM_HEAD, KV_HEADS * DIM_HEAD
     hidden = 128  # 32 * 8 / 3, rounded up to a multiple of 64
@@ -130,13 +131,15 @@ def test_flops_by_part_equal_a_count_by_hand() -> None:
         "sliding": 3 * layers * pair * sliding / num_tokens,
     }
     model = transformer()
-    assert model.flops_by_part(num_tokens) == pytest.approx(by_hand)
+    assert training_flops(model.blocks, model.head, num_tokens) == pytest.approx(by_hand)
     assert model.flops_per_token(num_tokens) == pytest.approx(sum(by_hand.values()))
 
 
 def test_flops_of_dense_attention_grow_with_the_sequence() -> None:
     pair = 4 * HEADS * DIM_HEAD
-    assert transformer("dense").flops_by_part(64)["dense"] == pytest.approx(3 * DEPTH * pair * 32.5)
+    dense = transformer("dense")
+    flops = training_flops(dense.blocks, dense.head, 64)["dense"]
+    assert flops == pytest.approx(3 * DEPTH * pair * 32.5)
 
 
 @pytest.mark.parametrize(

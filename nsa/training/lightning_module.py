@@ -4,17 +4,12 @@ Letters: B batch, T tokens.
 """
 
 import math
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Int, Num
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -22,9 +17,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from nsa.training import cuda_graphs, optimizers, parallel
 from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
+from nsa.training.label_sums import LabelSums, label_sums
+from nsa.training.seeds import micro_batch_seed, seed_generators
+from nsa.training.trainer_checks import (
+    check_backends,
+    check_clipping,
+    check_length,
+    check_sharding,
+)
 from nsa.transformer import Transformer
-
-NOT_SCORED = -1  # a label
 
 
 class NSALightningModule(L.LightningModule):
@@ -124,7 +125,7 @@ class NSALightningModule(L.LightningModule):
             (breaking_its_gradient(loss) / parts).backward()
         return figures
 
-    def _label_sums(self, batch: dict[str, Tensor]) -> "LabelSums":
+    def _label_sums(self, batch: dict[str, Tensor]) -> LabelSums:
         asked = self.metric.counts_correct
         return label_sums(self.model, batch["tokens"], batch.get("scored"), counts_correct=asked)
 
@@ -221,42 +222,14 @@ class NSALightningModule(L.LightningModule):
             ValueError: naming the option.
         """
         optimizer = optimizers.build_optimizer(self.optimizer_options, self.model)
-        shards = isinstance(trainer.strategy, ModelParallelStrategy)
-        if shards and isinstance(optimizer, optimizers.MuonAdamW):
-            raise ValueError(
-                "optimizer=muon needs whole matrices, and FSDP2 gives each device a part of them: "
-                "use trainer=ddp, or optimizer=adamw"
-            )
-        if trainer.max_steps < 1:
-            raise ValueError(
-                f"trainer.max_steps={trainer.max_steps}: the schedule needs to know how long the "
-                "run is; set it, and trainer.max_time too if time shall end the run"
-            )
-        if (trainer.gradient_clip_val or 0) < 0:
-            raise ValueError(
-                f"trainer.gradient_clip_val={trainer.gradient_clip_val} must be at least 0; "
-                "0 does not clip"
-            )
+        check_clipping(trainer, optimizer)
+        check_length(trainer)
+        check_sharding(trainer, optimizer)
         device = trainer.strategy.root_device
         if self.compile_option == parallel.REPLAYED:
             cuda_graphs.check_device(device)
-        on_cpu = device.type == "cpu"
-        if on_cpu and "flex" in (getattr(b.attention, "backend", "") for b in self.model.blocks):
-            raise ValueError(
-                "attention.backend=flex cannot train on a CPU (FlexAttention has no backward pass "
-                "there): use attention.backend=torch"
-            )
-        if trainer.gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(
-                f"trainer.gradient_clip_algorithm={trainer.gradient_clip_algorithm}: gradients are "
-                "clipped by their norm; leave it out"
-            )
-        unscales_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if trainer.precision == "16-mixed" and unscales_itself:
-            raise ValueError(
-                "optimizer.fused=true with trainer.precision=16-mixed would clip gradients before "
-                "they are unscaled: set optimizer.fused=false"
-            )
+        backends = {getattr(block.attention, "backend", "") for block in self.model.blocks}
+        check_backends(backends, device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts micro-batches: restate the count for this run's accumulation."""
@@ -328,45 +301,3 @@ class NSALightningModule(L.LightningModule):
     def _logs_this_step(self) -> bool:
         trainer: Any = self.trainer
         return (self.global_step + 1) % trainer.log_every_n_steps == 0
-
-
-class LabelSums(NamedTuple):
-    """Sums over the scored labels of one batch, or of many."""
-
-    nats: Num[Tensor, ""]  # cross-entropy, in float32
-    labels: Num[Tensor, ""]  # how many are scored
-    correct: Num[Tensor, ""] | None = None  # how many the model finds most likely, where counted
-
-
-def label_sums(
-    model: Callable[[Tensor], Tensor],
-    tokens: Int[Tensor, "B T1"],
-    scored: Bool[Tensor, "B T"] | None = None,
-    *,
-    counts_correct: bool = False,
-) -> LabelSums:
-    """What a model scores on the labels of a batch that are `scored` (None: all) and not −1.
-
-    The input is `tokens` also where a label is not scored; −1 may stand at the end of a row only.
-    """
-    labels = tokens[:, 1:]
-    if scored is not None:
-        labels = labels.masked_fill(~scored, NOT_SCORED)
-    logits = model(tokens[:, :-1].clamp(min=0))
-    nats = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=NOT_SCORED, reduction="sum"
-    )
-    correct = (logits.argmax(dim=-1) == labels).sum() if counts_correct else None
-    return LabelSums(nats, (labels != NOT_SCORED).sum(), correct)
-
-
-def seed_generators(seed: int) -> None:
-    """Start every generator of random numbers that a step may use."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % (1 << 32))
-    random.seed(seed)
-
-
-def micro_batch_seed(seed: int, rank: int, micro_batch: int) -> int:
-    """One seed for each micro-batch of each rank."""
-    return (seed * 1_000_003 + rank << 32) + micro_batch & (1 << 63) - 1

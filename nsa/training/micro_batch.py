@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from nsa.training import parallel
-from nsa.training.lightning_module import label_sums
+from nsa.training.label_sums import label_sums
 from nsa.transformer import Transformer
 
 SAFETY = 0.85  # of what is free: fragments, workspaces, and what other code allocates
