@@ -1,4 +1,4 @@
-"""How a Transformer is trained: the loop around a step, and what is logged of it.
+"""How a Transformer is trained: the steps of the loop, and what they log.
 
 Letters: B batch, T tokens.
 """
@@ -15,16 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from nsa.training import cuda_graphs, optimizers, parallel
+from nsa.training import cuda_graphs, optimizers, parallel, trainer_checks
 from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
 from nsa.training.label_sums import LabelSums, label_sums
 from nsa.training.seeds import micro_batch_seed, seed_generators
-from nsa.training.trainer_checks import (
-    check_backends,
-    check_clipping,
-    check_length,
-    check_sharding,
-)
 from nsa.transformer import Transformer
 
 
@@ -33,25 +27,24 @@ class NSALightningModule(L.LightningModule):
 
     A batch is `{"tokens": [B, T+1]}`: inputs are all but the last token, labels all but the first.
     A label of −1, which pads the end of a window, is not scored. `{"scored": bool [B, T]}` in the
-    batch says which of the others are; without it, all. Logged: `train/loss`, `val/loss` and
-    `test/loss` in nats a scored label, and beside each the datamodule's `metric` under its name;
+    batch says which of the others are; without it, all are. Logged: `train/loss`, `val/loss` and
+    `test/loss` in nats per scored label, and with each the datamodule's `metric` under its name;
     `optim/lr` and `optim/grad_norm` (before clipping).
 
     A step whose loss on any rank, or whose gradient, is not finite updates nothing; it counts as
     done. `step_losses` [A], of this rank's micro-batches, and `grad_norm` [], of all ranks, are the
     latest step's, on the device.
 
-    Whatever chance a step holds (dropout) is drawn from generators (PyTorch's, NumPy's, Python's)
-    seeded by (seed, rank, micro-batch), so that a resumed run needs no generator's state to repeat
-    it.
+    What a step draws at random comes from generators of PyTorch, NumPy and Python that are seeded
+    by (seed, rank, micro-batch). So a resumed run needs no generator's state to repeat it.
 
     Args:
         model: arguments of `Transformer`, and `name`.
         optimizer: one of `optimizers.OPTIMIZERS` by `name`, or one's own, and its arguments.
         scheduler: one of `optimizers.SCHEDULES` by `name`, or one's own, and its arguments.
-        compile: compile the blocks in place when training starts, and replay micro-batches as CUDA
-            graphs; of `parallel.COMPILE`; "auto" is `parallel.resolve_compile`'s.
-        activation_checkpointing: what the backward pass recomputes, of `parallel.KEPT`.
+        compile: one of `parallel.COMPILE`: whether to compile the Transformer's blocks when
+            training starts, and to replay micro-batches as CUDA graphs; "auto" chooses.
+        activation_checkpointing: what the backward pass recomputes; one of `parallel.KEPT`.
 
     Raises:
         ValueError: if a schedule or a mode is unknown by name, or a size is impossible.
@@ -98,7 +91,7 @@ class NSALightningModule(L.LightningModule):
     # Training
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss; where graphs are replayed its gradients are there, too."""
+        """The loss. Where graphs are replayed, its gradients have been added as well."""
         learn = self._recorded(batch) if self.replays_graphs else None
         if self._gradients is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._gradients.zero()
@@ -111,18 +104,18 @@ class NSALightningModule(L.LightningModule):
         return breaking_its_gradient(loss)
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch; and once more, with the share of labels that are found."""
+        """The loss of a micro-batch; and detached, with the share of labels the model gets right."""
         sums = self._label_sums(batch)
         loss = sums.nats / sums.labels
         found = [] if sums.correct is None else [sums.correct / sums.labels]
         return loss, torch.stack([loss.detach(), *found])
 
     def _learn(self, batch: dict[str, Tensor]) -> Tensor:
-        """Add a micro-batch's part of the step's gradient, over all ranks; `_loss`'s figures."""
+        """Add a micro-batch's share of the step's gradient; returns the figures of `_loss`."""
         loss, figures = self._loss(batch)
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
         with torch.autocast(self.device.type, enabled=False):  # Lightning's is for the forward pass
-            (breaking_its_gradient(loss) / parts).backward()
+            (breaking_its_gradient(loss) / micro_batches).backward()
         return figures
 
     def _label_sums(self, batch: dict[str, Tensor]) -> LabelSums:
@@ -159,19 +152,19 @@ class NSALightningModule(L.LightningModule):
         return self._learn_at_once
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Nothing, where the graph had the backward pass in it."""
+        """Does nothing where the graph holds the backward pass."""
         if not self.replays_graphs:
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(
         self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Before the backward pass, which is too late for one that is part of a graph."""
+        """Not where graphs are replayed: this comes too late for a backward pass within one."""
         if not self.replays_graphs:
             optimizer.zero_grad()
 
     def on_train_end(self) -> None:
-        """Give the memory of the graph back: what is evaluated now has its own."""
+        """Free the graph's memory: evaluation needs its own."""
         self._learn_at_once = None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -222,14 +215,14 @@ class NSALightningModule(L.LightningModule):
             ValueError: naming the option.
         """
         optimizer = optimizers.build_optimizer(self.optimizer_options, self.model)
-        check_clipping(trainer, optimizer)
-        check_length(trainer)
-        check_sharding(trainer, optimizer)
+        trainer_checks.check_clipping(trainer, optimizer)
+        trainer_checks.check_length(trainer)
+        trainer_checks.check_sharding(trainer, optimizer)
         device = trainer.strategy.root_device
         if self.compile_option == parallel.REPLAYED:
             cuda_graphs.check_device(device)
         backends = {getattr(block.attention, "backend", "") for block in self.model.blocks}
-        check_backends(backends, device)
+        trainer_checks.check_backends(backends, device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts micro-batches: restate the count for this run's accumulation."""
@@ -237,16 +230,16 @@ class NSALightningModule(L.LightningModule):
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self._trainer.accumulate_grad_batches
-        for part in (progress["total"], progress["current"]):
-            unfinished = part["ready"] - part["completed"]
-            part.update(ready=done, started=done, processed=done, completed=done - unfinished)
+        for count in (progress["total"], progress["current"]):
+            unfinished = count["ready"] - count["completed"]
+            count.update(ready=done, started=done, processed=done, completed=done - unfinished)
 
     # Evaluation: exact means over every scored label of a split, over all ranks
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        # What is tried before training must not compile programs that it has no use for yet.
-        trying = self.trainer.sanity_checking
-        with torch.compiler.set_stance("force_eager") if trying else nullcontext():
+        # The sanity check before training must not compile programs that are not needed yet.
+        checking = self.trainer.sanity_checking
+        with torch.compiler.set_stance("force_eager") if checking else nullcontext():
             self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -254,7 +247,7 @@ class NSALightningModule(L.LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
         sums = self._label_sums(batch)
-        self._split_sums.append(torch.stack([part for part in sums if part is not None]))
+        self._split_sums.append(torch.stack([each for each in sums if each is not None]))
 
     def on_validation_epoch_end(self) -> None:
         self._log_split("val")
