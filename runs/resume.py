@@ -178,7 +178,7 @@ def newest_whole(run: Path) -> Path:
 
 def newest_whole_in(folder: Path) -> Path:
     """As `newest_whole`, of a folder of checkpoints."""
-    from runs.checkpoints import find_fault  # torch: only where a run really goes on
+    from runs.checkpoint_faults import find_fault  # torch: only where a run really goes on
 
     faults = []
     for checkpoint in newest_first(folder):

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from runs import checkpoints
+from runs import checkpoint_faults, checkpoints
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -83,9 +83,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             save(shards, storage_writer=Writer(draft))
             own = list(draft.glob(f"__{self.global_rank}_*"))
             if self.is_global_zero:
-                checkpoints.write_through(checkpoint, draft / checkpoints.REST)
-                own += [draft / checkpoints.REST, draft / checkpoints.INDEX]
-            written = checkpoints.fingerprints(own)
+                checkpoints.write_through(checkpoint, draft / checkpoint_faults.REST)
+                own += [draft / checkpoint_faults.REST, draft / checkpoint_faults.INDEX]
+            written = checkpoint_faults.fingerprints(own)
         manifest = {name: file for part in gathered(written) for name, file in part.items()}
         with self._failing_together(path):
             if self.is_global_zero:
@@ -118,7 +118,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if path.is_dir():
             return super().load_checkpoint(path, weights_only=True)
         assert self.model is not None
-        content = checkpoints.load_file(path)
+        content = checkpoint_faults.load_file(path)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, content["state_dict"], options=options)
         names = {parameter: name for name, parameter in self.model.named_parameters()}

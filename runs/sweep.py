@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
 from runs import gpus, results
-from runs.checkpoints import first_line
+from runs.checkpoint_faults import first_line
 from runs.folder import write_text
 from runs.run import REFUSALS, build, root, train
 from runs.sweep_check import (

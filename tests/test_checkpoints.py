@@ -17,7 +17,7 @@ from parallel_runs import ROOT, results
 from torch.distributed.checkpoint import save
 
 import generate
-from runs import checkpoints, resume, run
+from runs import checkpoint_faults, checkpoints, resume, run
 from runs.folder import newest_first
 from runs.strategies import FSDP2Strategy
 
@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(
         assert "GiB are free" in message
         assert message.endswith(f"is whole: ckpt_path={folder / 'step_2.ckpt'}")
     assert names(folder) == ["last.ckpt", "step_2.ckpt"]
-    assert checkpoints.find_fault(folder / "last.ckpt") is None
+    assert checkpoint_faults.find_fault(folder / "last.ckpt") is None
 
 
 def test_a_killed_save_is_never_seen_and_swept_up_by_the_next(
@@ -161,7 +161,7 @@ def test_a_damaged_folder_is_refused_by_name_and_the_one_before_offered(
 
 
 def content() -> dict[str, Any]:
-    return {part: {} for part in checkpoints.PARTS} | {"state_dict": {"w": torch.ones(9)}}
+    return {key: {} for key in checkpoint_faults.ENTRIES} | {"state_dict": {"w": torch.ones(9)}}
 
 
 def test_a_checkpoint_is_written_beside_its_place(tmp_path: Path, monkeypatch) -> None:
@@ -230,11 +230,11 @@ def test_nothing_in_a_folder_can_run(tmp_path: Path, where: str) -> None:
     values = {"rate": 0.5, "weight": torch.ones(3)}
     code = {"rate": Code(trace)} if where == "value" else {}
     save(values | code, checkpoint_id=folder, no_dist=True)
-    torch.save(content(), folder / checkpoints.REST)
+    torch.save(content(), folder / checkpoint_faults.REST)
     if where == "index":
-        (folder / checkpoints.INDEX).write_bytes(pickle.dumps(Code(trace)))
-    written = checkpoints.fingerprints(list(folder.iterdir()))
-    (folder / checkpoints.MANIFEST).write_text(json.dumps(written))
+        (folder / checkpoint_faults.INDEX).write_bytes(pickle.dumps(Code(trace)))
+    written = checkpoint_faults.fingerprints(list(folder.iterdir()))
+    (folder / checkpoint_faults.MANIFEST).write_text(json.dumps(written))
     with pytest.raises(ValueError, match="it holds more than plain values"):
         checkpoints.check(folder)
     assert not trace.exists()

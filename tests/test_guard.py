@@ -18,7 +18,7 @@ from callbacks.csv_logger import RunCSVLogger, read_rows
 from callbacks.guard import Guard
 from callbacks.step_checkpoint import StepCheckpoint
 from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
-from runs import checkpoints
+from runs import checkpoint_faults
 
 pytestmark = OF_LIGHTNING
 
@@ -160,7 +160,7 @@ def test_more_than_the_budget_ends_the_run_with_a_checkpoint_it_can_go_on_from(t
     )
     with pytest.raises(FloatingPointError, match=message):
         trained(tmp_path, Guard(skip_budget=1), saver(tmp_path), breaks=breaks)
-    assert checkpoints.find_fault(last) is None
+    assert checkpoint_faults.find_fault(last) is None
     content = torch.load(last, weights_only=True)
     assert content["global_step"] == 4
     assert all(torch.isfinite(weight).all() for weight in content["state_dict"].values())

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 import generate
-from runs import checkpoints, command_line, resume
+from runs import checkpoint_faults, checkpoints, command_line, resume
 from runs.same_run import check_same_run
 
 ROOT = Path(__file__).parent.parent
@@ -202,7 +202,9 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_names_the_others(
 ) -> None:
     run = tmp_path / "mine"
     older, newest = make_run(run, age=2, model="nsa_tiny"), run / "checkpoints" / "step_3.ckpt"
-    content = {part: {} for part in checkpoints.PARTS} | {"state_dict": {"w": torch.ones(9000)}}
+    content = {key: {} for key in checkpoint_faults.ENTRIES} | {
+        "state_dict": {"w": torch.ones(9000)}
+    }
     torch.save(content, newest)
     (run / "checkpoints" / "last.ckpt").symlink_to("step_3.ckpt")
     assert f"ckpt_path='{newest}'" in resume.arguments([f"run_dir={run}"])
@@ -237,7 +239,7 @@ def make_run(run: Path, *, age: int, model: str, overrides: list[str] | None = N
     path = run / "checkpoints" / "step_1.ckpt"
     path.parent.mkdir(parents=True)
     (run / ".hydra").mkdir()
-    torch.save({part: {} for part in checkpoints.PARTS}, path)
+    torch.save({key: {} for key in checkpoint_faults.ENTRIES}, path)
     os.utime(path, (1e9 - age, 1e9 - age))
     groups = {"model": model, "trainer": "ddp", "logger": "default"}
     choices = {"hydra": {"runtime": {"choices": groups}}}
@@ -250,7 +252,9 @@ def make_run(run: Path, *, age: int, model: str, overrides: list[str] | None = N
 def test_a_damaged_checkpoint_is_refused_and_an_older_one_offered(
     tmp_path: Path, damage, complaint: str
 ) -> None:
-    content = {part: {} for part in checkpoints.PARTS} | {"state_dict": {"w": torch.ones(9000)}}
+    content = {key: {} for key in checkpoint_faults.ENTRIES} | {
+        "state_dict": {"w": torch.ones(9000)}
+    }
     for step in (1, 2, 3):
         path = tmp_path / f"step_{step}.ckpt"
         torch.save(content, path)

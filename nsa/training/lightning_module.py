@@ -104,7 +104,7 @@ class NSALightningModule(L.LightningModule):
         return breaking_its_gradient(loss)
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch; and detached, with the share of labels the model gets right."""
+        """The loss of a micro-batch; also detached, with the share of labels it gets right."""
         sums = self._label_sums(batch)
         loss = sums.nats / sums.labels
         found = [] if sums.correct is None else [sums.correct / sums.labels]
