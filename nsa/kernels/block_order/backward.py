@@ -80,11 +80,10 @@ def block_bwd_kernel(
     GATES: tl.constexpr, AHEAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, ITEM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One work item: dQ (and the gate's gradient) into its slots; dK and dV of its block.
+    """One work item: dQ, and the gate's gradient, into its slots; dK and dV of its block.
 
-    A list of one item adds to dk and dv itself; the items of a longer one write partial sums. The
-    first chunk of a head finds nothing to add to. If it is the only one, dk and dv have the inputs'
-    dtype.
+    A list of one item adds to dk and dv itself; the items of a longer one write partial sums. A
+    head's first chunk does not add: it writes. If it is the only one, dk and dv are in v's dtype.
     """
     starts_ptr += chunk * num_lists
     ends_ptr += chunk * num_lists
@@ -106,8 +105,7 @@ def block_bwd_kernel(
     key_rows = (b * T + offs_s) * G + j // (J // G)
     k = load_columns(k_ptr, key_rows, offs_s < end, D, WIDTH)  # slices of [KEYS, D]
     v = load_columns(v_ptr, key_rows, offs_s < end, DV, WIDTH_V)  # slices of [KEYS, DV]
-    dk = zero_columns(KEYS, D, WIDTH)
-    dv = zero_columns(KEYS, DV, WIDTH_V)
+    dk, dv = zero_columns(KEYS, D, WIDTH), zero_columns(KEYS, DV, WIDTH_V)
     token0 = (bj * T).to(tl.int32)  # as slots count
     row0 = b * T * H + j * R
     slot0 = (head0 * T + t0) * N  # the chunk's first

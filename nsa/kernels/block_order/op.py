@@ -1,6 +1,7 @@
 """Selected attention block by block, chunk after chunk, with its gradients: the op."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,19 @@ from nsa.kernels.tile_sizes import Problem, Tile, table_tile
 MERGE_REGISTERS = 168  # a thread's, at most: three programs of four warps a multiprocessor
 
 
+class Work(NamedTuple):
+    """The slots in their lists, and how they are cut into chunks and items."""
+
+    plan: Plan
+    length: int  # tokens of a block
+    causal: bool
+    slots: Tensor
+    starts: Tensor  # where each list starts in slots
+    ends: Tensor  # where each list's items end
+    item_lists: Tensor  # the list of each item
+    shared_ends: Tensor | None = None  # as ends, with only lists of several items counted
+
+
 @custom_op
 def attend_blocks(
     q: Tensor,
@@ -46,47 +60,60 @@ def attend_blocks(
     Arrays are contiguous. Only out has a gradient. The `initial` first blocks and a token's `local`
     last ones, where it keeps them, are attended to densely; only causal attention may have any.
     """
-    (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
-    num_blocks, R = cdiv(T, length), H // J
-    plan = plan_work(q, block_indices, length, max(D, DV))
-    constants = sizes(q, v, block_indices, plan, length, causal)
-    dense = dict(INITIAL=initial, LOCAL=local)
-    registers = MERGE_REGISTERS if q.itemsize == 2 else None
-
-    def launch(tile: Tile, merge: Tile) -> tuple[Tensor, Tensor]:
-        out = torch.empty(B, T, H, DV, dtype=v.dtype, device=q.device)
-        lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-        num_partials = plan.heads * plan.tokens * N * R
-        partial = torch.empty(num_partials, DV, dtype=v.dtype, device=q.device)
-        partial_lse = torch.empty(num_partials, dtype=torch.float32, device=q.device)
-        for chunk in chunks_of(plan, B * J, T):
-            block_fwd_kernel[(plan.items,)](
-                q, k, v, slots, starts, ends, item_lists, partial, partial_lse, T, num_blocks,
-                plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
-                **constants, **dense, PADDED_D=padded(D), PADDED_DV=padded(DV),
-                BLOCK_NEAR=power_of_2(local * length),
-                ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
-            merge_kernel[(cdiv(chunk.tokens * R, merge.rows) * chunk.heads,)](
-                q, k, v, partial, partial_lse, block_indices, out, lse,
-                T, chunk.first_head, chunk.first_token, chunk.tokens, D**-0.5,
-                H=H, G=v.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, **dense,
-                PADDED_N=power_of_2(N), PADDED_D=padded(D), PADDED_DV=padded(DV), ROWS=merge.rows,
-                KEYS=padded(length), PRECISION=precision(),
-                num_warps=merge.warps, num_stages=merge.stages, maxnreg=registers,
-            )  # fmt: skip
-        return out, lse
-
+    plan = plan_work(q, block_indices, length, max(q.shape[3], v.shape[3]))
     with torch.cuda.device_of(q):
-        slots, starts = sort_slots(block_indices, plan, num_blocks)
+        slots, starts = sort_slots(block_indices, plan, cdiv(q.shape[1], length))
         ends, item_lists, _ = cut_items(starts, plan)
-        of_merge = problem("merge", q, v, J, length)
+        work = Work(plan, length, causal, slots, starts, ends, item_lists)
+        launch = partial(
+            launch_forward, q, k, v, block_indices, work, dict(INITIAL=initial, LOCAL=local)
+        )
+        of_merge = problem("merge", q, v, block_indices, length)
         out, lse = with_tile(
-            problem("block_fwd", q, v, J, length),
+            problem("block_fwd", q, v, block_indices, length),
             lambda tile: launch(tile, table_tile(of_merge)),
             lambda tile: with_tile(of_merge, lambda merge: launch(tile, merge)),
         )
     return out, lse, slots, starts
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    work: Work,
+    dense: dict[str, int],
+    tile: Tile,
+    merge: Tile,
+) -> tuple[Tensor, Tensor]:
+    """out and lse, chunk after chunk: partial results of its items, then the merge of its slots."""
+    (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
+    plan, R, length = work.plan, H // J, work.length
+    out = torch.empty(B, T, H, DV, dtype=v.dtype, device=q.device)
+    lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+    num_partials = plan.heads * plan.tokens * N * R
+    partials = torch.empty(num_partials, DV, dtype=v.dtype, device=q.device)
+    partial_lse = torch.empty(num_partials, dtype=torch.float32, device=q.device)
+    for chunk in chunks_of(plan, B * J, T):
+        block_fwd_kernel[(plan.items,)](
+            q, k, v, work.slots, work.starts, work.ends, work.item_lists, partials, partial_lse,
+            T, cdiv(T, length), plan.lists, chunk.number, chunk.first_head, chunk.first_token,
+            D**-0.5, **constants_of(q, v, block_indices, work), **dense,
+            PADDED_D=padded(D), PADDED_DV=padded(DV),
+            BLOCK_NEAR=power_of_2(dense["LOCAL"] * length),
+            ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        merge_kernel[(cdiv(chunk.tokens * R, merge.rows) * chunk.heads,)](
+            q, k, v, partials, partial_lse, block_indices, out, lse,
+            T, chunk.first_head, chunk.first_token, chunk.tokens, D**-0.5,
+            H=H, G=v.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, **dense,
+            PADDED_N=power_of_2(N), PADDED_D=padded(D), PADDED_DV=padded(DV), ROWS=merge.rows,
+            KEYS=padded(length), PRECISION=precision(),
+            num_warps=merge.warps, num_stages=merge.stages,
+            maxnreg=MERGE_REGISTERS if q.itemsize == 2 else None,
+        )  # fmt: skip
+    return out, lse
 
 
 @custom_op
@@ -128,54 +155,85 @@ def block_gradients(
     length: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What attend_blocks_backward returns, of rows whose delta is known."""
-    (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
-    num_blocks, R, device = cdiv(T, length), H // J, q.device
-    plan = plan_work(q, block_indices, length, max(D, DV))
-    constants = sizes(q, v, block_indices, plan, length, causal)
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=device)
-
-    def launch(tile: Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        num_partials = plan.heads * plan.tokens * N * R
-        partial_dq = torch.empty(num_partials, D, dtype=q.dtype, device=device)
-        partial_dgate = new(num_partials) if gated else None
-        partial_dk, partial_dv = (new(plan.shared * length, W) for W in (D, DV))
-        dq, dk, dv = torch.empty_like(q), sums_for(k, J, plan), sums_for(v, J, plan)
-        dgates = new(B * J, T, N) if gated else new(0)
-        for chunk in chunks_of(plan, B * J, T):
-            block_bwd_kernel[(plan.items,)](
-                q, k, v, dout, lse, delta,
-                slots, starts, ends, item_lists, shared_ends,
-                partial_dq, partial_dgate, partial_dk, partial_dv, dk, dv, T, num_blocks,
-                plan.lists, chunk.number, chunk.first_head, chunk.first_token, D**-0.5,
-                **constants, GATES=gated, AHEAD=padded(max(D, DV)) <= 64,
-                WIDTH=min(64, padded(D)), WIDTH_V=min(64, padded(DV)),
-                ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
-            sum_items_kernel[(plan.lists, cdiv(length, 8), 2)](
-                partial_dk, partial_dv, dk, dv, ends, shared_ends, T, num_blocks,
-                chunk.number, chunk.first_head, chunk.first_token,
-                J=J, D=D, DV=DV, LENGTH=length, PADDED_D=padded(D), PADDED_DV=padded(DV),
-                KEYS=8, ITEMS=8, num_warps=4,
-            )  # fmt: skip
-            sum_slots_kernel[(cdiv(chunk.tokens * R, 32) * chunk.heads,)](
-                partial_dq, block_indices, dq, T, chunk.first_head, chunk.first_token, chunk.tokens,
-                H=H, J=J, N=N, D=D, PADDED_D=padded(D), ROWS=32, num_warps=4,
-            )  # fmt: skip
-            if partial_dgate is not None:
-                by_slot = partial_dgate.view(plan.heads, plan.tokens, N, R).sum(-1)
-                of_chunk(dgates, chunk).copy_(by_slot[: chunk.heads, : chunk.tokens])
-        return dq, *summed(dk, dv, k, v, J), dgates
-
+    """What attend_blocks_backward returns, for rows whose delta is known."""
+    plan = plan_work(q, block_indices, length, max(q.shape[3], v.shape[3]))
     with torch.cuda.device_of(q):
         ends, item_lists, shared_ends = cut_items(starts, plan)
-        dq, dk, dv, dgates = with_tile(problem("block_bwd", q, v, J, length), launch)
+        work = Work(plan, length, causal, slots, starts, ends, item_lists, shared_ends)
+        launch = partial(launch_backward, q, k, v, block_indices, lse, delta, dout, gated, work)
+        dq, dk, dv, dgates = with_tile(problem("block_bwd", q, v, block_indices, length), launch)
     if not gated:
         return dq, dk, dv, dgates
+    (B, T), (J, N) = q.shape[:2], block_indices.shape[2:]
     dgates = dgates.view(B, J, T, N).transpose(1, 2)
     return dq, dk, dv, dgates.where(block_indices >= 0, 0.0).contiguous()
+
+
+def launch_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dout: Tensor,
+    gated: bool,
+    work: Work,
+    tile: Tile,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and the gates' gradient, chunk after chunk: partial results, then their sums."""
+    (B, T, H, D), DV, (J, N) = q.shape, v.shape[3], block_indices.shape[2:]
+    plan, R = work.plan, H // J
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=q.device)
+
+    num_partials = plan.heads * plan.tokens * N * R
+    partial_dq = torch.empty(num_partials, D, dtype=q.dtype, device=q.device)
+    partial_dgate = new(num_partials) if gated else None
+    partial_dk, partial_dv = (new(plan.shared * work.length, W) for W in (D, DV))
+    dq, dk, dv = torch.empty_like(q), sums_for(k, J, plan), sums_for(v, J, plan)
+    dgates = new(B * J, T, N) if gated else new(0)
+    for chunk in chunks_of(plan, B * J, T):
+        block_bwd_kernel[(plan.items,)](
+            q, k, v, dout, lse, delta,
+            work.slots, work.starts, work.ends, work.item_lists, work.shared_ends,
+            partial_dq, partial_dgate, partial_dk, partial_dv, dk, dv,
+            T, cdiv(T, work.length), plan.lists, chunk.number, chunk.first_head, chunk.first_token,
+            D**-0.5, **constants_of(q, v, block_indices, work), GATES=gated,
+            AHEAD=padded(max(D, DV)) <= 64, WIDTH=min(64, padded(D)), WIDTH_V=min(64, padded(DV)),
+            ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        sum_partials(chunk, work, block_indices, partial_dq, partial_dk, partial_dv, dq, dk, dv)
+        if partial_dgate is not None:
+            by_slot = partial_dgate.view(plan.heads, plan.tokens, N, R).sum(-1)
+            of_chunk(dgates, chunk).copy_(by_slot[: chunk.heads, : chunk.tokens])
+    return dq, *summed(dk, dv, k, v, J), dgates
+
+
+def sum_partials(
+    chunk: Chunk,
+    work: Work,
+    block_indices: Tensor,
+    partial_dq: Tensor,
+    partial_dk: Tensor,
+    partial_dv: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """A chunk's dK and dV of lists of several items, and its dQ, onto dq, dk, dv."""
+    (_, T, H, D), DV, (J, N) = dq.shape, dv.shape[3], block_indices.shape[2:]
+    sum_items_kernel[(work.plan.lists, cdiv(work.length, 8), 2)](
+        partial_dk, partial_dv, dk, dv, work.ends, work.shared_ends, T, cdiv(T, work.length),
+        chunk.number, chunk.first_head, chunk.first_token,
+        J=J, D=D, DV=DV, LENGTH=work.length, PADDED_D=padded(D), PADDED_DV=padded(DV),
+        KEYS=8, ITEMS=8, num_warps=4,
+    )  # fmt: skip
+    sum_slots_kernel[(cdiv(chunk.tokens * (H // J), 32) * chunk.heads,)](
+        partial_dq, block_indices, dq, T, chunk.first_head, chunk.first_token, chunk.tokens,
+        H=H, J=J, N=N, D=D, PADDED_D=padded(D), ROWS=32, num_warps=4,
+    )  # fmt: skip
 
 
 def sums_for(x: Tensor, index_heads: int, plan: Plan) -> Tensor:
@@ -191,20 +249,19 @@ def of_chunk(dgates: Tensor, chunk: Chunk) -> Tensor:
     return heads[:, chunk.first_token : chunk.first_token + chunk.tokens]
 
 
-def sizes(
-    q: Tensor, v: Tensor, indices: Tensor, plan: Plan, length: int, causal: bool
-) -> dict[str, Any]:
-    """The compile-time sizes that the two large kernels share."""
-    (_, _, H, D), (_, _, G, DV), (J, N) = q.shape, v.shape, indices.shape[2:]
+def constants_of(q: Tensor, v: Tensor, block_indices: Tensor, work: Work) -> dict[str, Any]:
+    """What the two large kernels are compiled for."""
+    (H, D), (G, DV), (J, N) = q.shape[2:], v.shape[2:], block_indices.shape[2:]
     return dict(
-        H=H, G=G, J=J, N=N, D=D, DV=DV, LENGTH=length, CAUSAL=causal,
-        KEYS=padded(length), ITEM=plan.item, PRECISION=precision(),
+        H=H, G=G, J=J, N=N, D=D, DV=DV, LENGTH=work.length, CAUSAL=work.causal,
+        KEYS=padded(work.length), ITEM=work.plan.item, PRECISION=precision(),
     )  # fmt: skip
 
 
-def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, length: int) -> Problem:
+def problem(kernel: str, q: Tensor, v: Tensor, block_indices: Tensor, length: int) -> Problem:
     _, T, H, D = q.shape
-    return Problem(kernel, q.dtype, D, v.shape[3], H // index_heads, T, q.device, block=length)
+    R = H // block_indices.shape[2]
+    return Problem(kernel, q.dtype, D, v.shape[3], R, T, q.device, block=length)
 
 
 @register_fake(attend_blocks)

@@ -41,6 +41,20 @@ def sizes(H: int, G: int, J: int, D: int, DV: int) -> dict[str, int]:
     return dict(H=H, G=G, J=J, D=D, DV=DV, PADDED_D=padded(D), PADDED_DV=padded(DV))
 
 
+def constants_of(q: Tensor, v: Tensor, index_heads: int, mask: Mask) -> dict[str, Any]:
+    """What every kernel here is compiled for."""
+    (H, D), (G, DV) = q.shape[2:], v.shape[2:]
+    return sizes(H, G, index_heads, D, DV) | dict(
+        MASK=mask.kind, CAUSAL=mask.causal, SPAN=mask.span, STRIDE=mask.stride,
+        MEMORY=mask.memory, PRECISION=precision(),
+    )  # fmt: skip
+
+
+def num_index_heads(k: Tensor, words: Tensor | None) -> int:
+    """J: key/value heads, or, where blocks are selected, how many heads select them."""
+    return k.shape[2] if words is None else words.shape[1]
+
+
 @custom_op
 def attend_tiles(
     q: Tensor,
@@ -57,8 +71,8 @@ def attend_tiles(
 
     The arguments after `words` are those of a `Mask`. Arrays are contiguous.
     """
-    (B, T, H, D), (_, S, G, DV) = q.shape, v.shape
-    J = G if words is None else words.shape[1]
+    (B, T, H, D), (_, S, _, DV), J = q.shape, v.shape, num_index_heads(k, words)
+    constants = constants_of(q, v, J, Mask(mask, causal, span, stride, memory))
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
@@ -67,9 +81,7 @@ def attend_tiles(
         described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
         attend_fwd_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
             q, k_tiles, v_tiles, words, out, lse, T, S, num_words(words), D**-0.5,
-            **sizes(H, G, J, D, DV),
-            MASK=mask, CAUSAL=causal, SPAN=span, STRIDE=stride, MEMORY=memory,
-            ROWS=tile.rows, KEYS=keys, DESCRIBED=described, PRECISION=precision(),
+            **constants, ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out, lse
@@ -113,45 +125,77 @@ def gradients(
     onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq (added `onto`, where given), dk, dv; delta comes from out and dlse unless it is given."""
-    (B, T, H, D), (_, S, G, DV) = q.shape, v.shape
-    J = G if words is None else words.shape[1]
-    scalars = T, S, num_words(words)
-    constants = sizes(H, G, J, D, DV) | dict(
-        MASK=mask.kind, CAUSAL=mask.causal, SPAN=mask.span, STRIDE=mask.stride,
-        MEMORY=mask.memory, PRECISION=precision(),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        arrays = q, k, v, words, lse, dout
+        dq, delta = query_gradient(*arrays, mask, out=out, dlse=dlse, delta=delta, onto=onto)
+        return dq, *key_gradients(*arrays, mask, delta=delta)
 
-    def launch_dq(tile: Tile, onto: Tensor | None = None) -> tuple[Tensor, Tensor]:
+
+def query_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor | None,
+    lse: Tensor,
+    dout: Tensor,
+    mask: Mask,
+    *,
+    out: Tensor | None,
+    dlse: Tensor | None,
+    delta: Tensor | None,
+    onto: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dq, and the rows' delta; see `gradients`."""
+    (B, T, H, D), S, J = q.shape, k.shape[1], num_index_heads(k, words)
+    constants = constants_of(q, v, J, mask)
+
+    def launch(tile: Tile, onto: Tensor | None = None) -> tuple[Tensor, Tensor]:
         dq = torch.empty_like(q) if onto is None else onto
         row_delta = torch.empty_like(lse) if delta is None else delta
         keys = key_tile(tile.keys, mask.kind, mask.span)
         described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
         attend_dq_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
-            q, k_tiles, v_tiles, words, out, dout, lse, dlse, row_delta, dq, *scalars, D**-0.5,
-            **constants,
+            q, k_tiles, v_tiles, words, out, dout, lse, dlse, row_delta, dq,
+            T, S, num_words(words), D**-0.5, **constants,
             ROWS=tile.rows, KEYS=keys, ADD=onto is not None, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return dq, row_delta
 
-    def launch_dkv(tile: Tile) -> tuple[Tensor, Tensor]:
+    of_dq = problem("attend_dq", q, v, J, mask.kind)
+    return with_tile(of_dq, launch, partial(launch, onto=onto))
+
+
+def key_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor | None,
+    lse: Tensor,
+    dout: Tensor,
+    mask: Mask,
+    *,
+    delta: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dk and dv."""
+    (B, T, H, D), S, J = q.shape, k.shape[1], num_index_heads(k, words)
+    constants = constants_of(q, v, J, mask)
+
+    def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         keys = key_tile(tile.keys, mask.kind, mask.span)
         programs = cdiv(S, keys) * B * J
         splits = num_splits(programs, T * H // J, mask.kind, q.device)
         dk, dv = (partial_like(x, splits, J) for x in (k, v))
         described, q_tiles, dout_tiles = streamed(q, tile.rows, H // J, q, dout)
         attend_dkv_kernel[(programs * splits,)](
-            q_tiles, k, v, words, dout_tiles, lse, row_delta, dk, dv, *scalars, B, splits, D**-0.5,
-            **constants, ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
+            q_tiles, k, v, words, dout_tiles, lse, delta, dk, dv,
+            T, S, num_words(words), B, splits, D**-0.5, **constants,
+            ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return summed(dk, dv, k, v, J)
 
-    with torch.cuda.device_of(q):
-        of_dq = problem("attend_dq", q, v, J, mask.kind)
-        dq, row_delta = with_tile(of_dq, launch_dq, partial(launch_dq, onto=onto))
-        dk, dv = with_tile(problem("attend_dkv", q, v, J, mask.kind), launch_dkv)
-    return dq, dk, dv
+    return with_tile(problem("attend_dkv", q, v, J, mask.kind), launch)
 
 
 def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, mask: str) -> Problem:
