@@ -197,11 +197,11 @@ def attend_dq_kernel(
 
 
 @jit
-def shared_turn(i_lo, i_hi, ROWS: tl.constexpr):
+def shared_start(i_lo, i_hi, ROWS: tl.constexpr):
     """How far into its rows a key tile of the band begins, and how long its round of them is.
 
     Key tiles side by side share most of their rows. With n tiles of rows in a round, tile a is met
-    in turn a % n: by all that share it at once, all but one of them from L2.
+    in iteration a % n: by all that share it at once, all but one of them from L2.
     """
     tiles = tl.maximum(tl.cdiv(i_hi - i_lo, ROWS), 1)
     first = tiles - 1 - (i_lo // ROWS + tiles - 1) % tiles
@@ -248,10 +248,10 @@ def attend_dkv_kernel(
 
     dk = tl.zeros([KEYS, PADDED_D], tl.float32)
     dv = tl.zeros([KEYS, PADDED_DV], tl.float32)
-    turn, round_ = shared_turn(i_lo, i_hi, ROWS)
+    start, round_ = shared_start(i_lo, i_hi, ROWS)
     for i0 in range(i_lo, i_hi, ROWS):
         if MASK == "band":
-            i0 += turn
+            i0 += start
             i0 = tl.where(i0 < i_lo + round_, i0, i0 - round_)
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < i_hi
