@@ -18,7 +18,9 @@ from torch import Tensor
 
 import nsa.kernels as kernels
 from nsa import blocks, pooling, reference, rotary
+from nsa.branches import gated_attention
 from nsa.config import NSAConfig
+from nsa.heads import Projected
 from nsa.kernels.block_order import inverted_lists
 from nsa.rotary import rotary_angles
 from nsa.testing import by_descriptor, judge, judge_selection, loop_order
@@ -209,8 +211,8 @@ def check_selected(case: Case, compare: Callable, x: dict[str, Tensor], lse: Ten
     )
     if case.T > 3:
         indices[:, 3] = -1  # a token that keeps nothing
-    for name, tiles in (("selected, tiles", True), ("selected, blocks", False)):
-        with loop_order(tiles):
+    for name, tile_order in (("selected, tile order", True), ("selected, block order", False)):
+        with loop_order(tile_order):
             compare(
                 name,
                 lambda q, k, v: kernels.selected_attention(q, k, v, indices, cfg),
@@ -245,11 +247,8 @@ def compare_gated(
     cfg, gates = case.cfg, torch.rand(*x["q"].shape[:3], 3, dtype=torch.float64, device=DEVICE)
 
     def op(gates, q, k_cmp, v_cmp, q_rot, *kv):
-        detached = (y.detach() for y in (q, k_cmp, v_cmp))
-        known = kernels.compressed_attention(*detached, cfg)
-        k_slc, v_slc, *window = kv
-        rotated = q_rot, k_slc, v_slc, indices, *window
-        return kernels.gated_attention(gates, q, k_cmp, v_cmp, *known, *rotated, cfg)
+        projected = Projected(q, k_cmp, v_cmp, None, None, q_rot, *kv, gates)
+        return gated_attention(projected, cfg, backend="triton", block_indices=indices)
 
     def oracle(gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win):
         compressed, _ = reference.compressed_attention(q, k_cmp, v_cmp, cfg)
@@ -260,8 +259,8 @@ def compare_gated(
     q, k, v = x["q"], x["k"], x["v"]
     inputs = gates, q, x["k_cmp"], x["v_cmp"], q.flip(1), k, v, k.flip(1), v.flip(1)
     names = "out dgates dq dk_cmp dv_cmp dq_rot dk_slc dv_slc dk_win dv_win"
-    for name, tiles in (("gated, tiles", True), ("gated, blocks", False)):
-        with loop_order(tiles):
+    for name, tile_order in (("gated, tile order", True), ("gated, block order", False)):
+        with loop_order(tile_order):
             compare(name, op, oracle, inputs, names)
 
 

@@ -6,7 +6,9 @@ import torch
 from kernel_inputs import DEVICE, heads, random
 
 from nsa import blocks, kernels, ops, reference
+from nsa.branches import gated_attention
 from nsa.config import NSAConfig
+from nsa.heads import Projected
 from nsa.kernels import selected
 from nsa.testing import assert_no_worse
 
@@ -42,10 +44,9 @@ def test_it_is_the_sum_of_the_branches(case, tile_order, monkeypatch):
     indices = reference.top_blocks(scores, cfg)
 
     def op(gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win, *memory):
-        detached = (x.detach() for x in (q, k_cmp, v_cmp))
-        known = kernels.compressed_attention(*detached, cfg, *(x.detach() for x in memory))
-        rotated = q_rot, k_slc, v_slc, indices, k_win, v_win
-        return kernels.gated_attention(gates, q, k_cmp, v_cmp, *known, *rotated, cfg, *memory)
+        mem_k, mem_v = memory or (None, None)
+        x = Projected(q, k_cmp, v_cmp, mem_k, mem_v, q_rot, k_slc, v_slc, k_win, v_win, gates)
+        return gated_attention(x, cfg, backend="triton", block_indices=indices)
 
     def oracle(gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win, *memory):
         compressed, _ = reference.compressed_attention(q, k_cmp, v_cmp, cfg, *memory)
@@ -93,11 +94,11 @@ def test_shapes_that_do_not_fit_are_refused(changes, message, monkeypatch):
 
 @pytest.mark.parametrize("tile_order", [True, False], ids=["tile order", "block order"])
 def test_how_inputs_lie_in_memory_changes_nothing(tile_order, monkeypatch):
-    """As [B, H, T, D] turned around, which is how other attention ops have them."""
+    """Transposed from [B, H, T, D], the layout of other attention ops."""
     monkeypatch.setattr(selected, "prefers_tile_order", lambda *sizes: tile_order)
     cfg, B, T, H, G, D = config(length=8), 1, 20, 4, 2, 16
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
+    def transposed(x: torch.Tensor) -> torch.Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
 
     def results(form) -> list[torch.Tensor]:
@@ -119,11 +120,11 @@ def test_how_inputs_lie_in_memory_changes_nothing(tile_order, monkeypatch):
     _, k_cmp, v_cmp = heads(B, T, blocks.num_compress_blocks(T, cfg), H, G, D, D)
     inputs = q, k, v, k_cmp.float(), v_cmp.float(), torch.rand(B, T, H, 3, device=DEVICE)
     leaves = [x.requires_grad_() for x in inputs]
-    for got, want in zip(results(turned), results(lambda x: x), strict=True):
+    for got, want in zip(results(transposed), results(lambda x: x), strict=True):
         assert torch.equal(got, want)
         if want.requires_grad:
             upstream = torch.randn_like(want)
-            there = turned(upstream) if upstream.ndim == 4 else upstream
+            there = transposed(upstream) if upstream.ndim == 4 else upstream
             grads, others = (
                 torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)
                 for out, dout in ((want, upstream), (got, there))

@@ -11,12 +11,14 @@ instruction. Must run without TRITON_INTERPRET.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -28,7 +30,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import nsa.kernels as kernels
 from nsa.blocks import num_compress_blocks
+from nsa.branches import gated_attention
 from nsa.config import NSAConfig
+from nsa.heads import Projected
 from nsa.kernels import autotune, descriptors, selected, tile_sizes
 from nsa.kernels.tile_order import op as tile_order
 from nsa.kernels.tile_sizes import Problem, Tile, candidates
@@ -156,10 +160,9 @@ def exercise(
         selected.prefers_tile_order = lambda *sizes, order=order: order
         out_slc = kernels.selected_attention(q, k, v, indices, cfg)
         out = out + kernels.combine(new(B, T, H, 3), out_cmp, out_slc, out_win)
-        rotated = q, k, v, indices, k, v
-        out = out + kernels.gated_attention(
-            new(B, T, H, 3), q, k_cmp, v_cmp, out_cmp, lse, *rotated, cfg
-        )
+        projected = Projected(q, k_cmp, v_cmp, None, None, q, k, v, k, v, new(B, T, H, 3))
+        with patch.dict(os.environ, TRITON_INTERPRET="1"):  # `ops` lets a CPU pass
+            out = out + gated_attention(projected, cfg, backend="triton", block_indices=indices)
     out = out + kernels.selected_attention(q, k, v, indices, cfg, gates)
     out.sum().backward()
     exercise_decoding(B, T, H, G, D, dtype, cfg)
