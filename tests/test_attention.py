@@ -346,7 +346,7 @@ def test_inputs_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         for tokens, message in (
             (torch.randn(9, DIM), r"tokens has shape \(9, 24\): it must be .* dim=24; tokens.None"),
             (torch.randn(2, 9, 7), r"tokens has shape \(2, 9, 7\): it must be"),
-            (torch.randn(2, 0, DIM), "tokens has no token"),
+            (torch.randn(2, 0, DIM), "tokens is empty"),
             (torch.ones(2, 9, DIM).long(), "dtype torch.int64: attention takes floats"),
         ):
             with pytest.raises(ValueError, match=message):
