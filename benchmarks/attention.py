@@ -1,6 +1,6 @@
 """Time and measure attention: `make bench`, or `python -m benchmarks.attention --help`.
 
-Suite `op`: NSA from projected heads to the gated sum and each of its parts, against dense attention
+Suite `op`: NSA from projected heads to the gated sum and each of its ops, against dense attention
 and other packages; forward, backward and peak memory by length and head layout, batch 1. What fails
 its check against the float64 reference at a small length is not timed.
 Suite `layer`: a whole layer at the sizes of `nsa_small`, by backend.
@@ -26,7 +26,7 @@ from nsa.testing import Verdict, any_order
 
 MODULE = "benchmarks.attention"
 ITEMS = OURS | RIVALS
-STAGES = (  # what is most telling first
+STAGES = (  # the most telling first
     ("nsa", "dense cudnn", "dense sdpa"),
     tuple(name for name in OURS if name != "nsa"),
     ("dense flash", "nsa fla", "selected fla", "selected lucidrains"),

@@ -25,7 +25,7 @@ from benchmarks import measure
 DOCS = Path(__file__).parents[1] / "docs"
 OURS = ("triton", "reference", "flex")
 BASELINE = ("dense", "cudnn")
-PARTS = ("compressed", "select", "selected", "window", "combine", "pool")
+OPS = ("compressed", "select", "selected", "window", "combine", "pool")
 STYLES: dict[tuple[str, str], dict] = {  # of whole ops, by op and the first word of the backend
     ("nsa", "triton"): dict(label="NSA, ours", color="#c2255c", lw=2.6, marker="o", ms=4, zorder=9),
     ("dense", "cudnn"): dict(label="dense, cuDNN", color="#212529", lw=1.8),
@@ -33,7 +33,7 @@ STYLES: dict[tuple[str, str], dict] = {  # of whole ops, by op and the first wor
     ("dense", "flex"): dict(label="dense, FlexAttention", color="#adb5bd", lw=1.5, ls="--"),
     ("nsa", "fla-core"): dict(label="NSA, fla-core", color="#1c7ed6", lw=1.5),
 }
-PART_COLOURS = ("#7048e8", "#1c7ed6", "#c2255c", "#2b8a3e", "#e67700", "#868e96")
+OP_COLOURS = ("#7048e8", "#1c7ed6", "#c2255c", "#2b8a3e", "#e67700", "#868e96")
 Rows = Sequence[Mapping[str, str]]
 Series = dict[int, float]  # by number of tokens
 
@@ -129,7 +129,7 @@ def report(rows: Rows, date: str, docs: Path) -> str:
 
 
 def table(rows: Rows, layout: str) -> str:
-    """Whole NSA against dense cuDNN attention, and how its parts grow."""
+    """Whole NSA against dense cuDNN attention, and how its ops grow."""
     lines = [f"\n{layout}: tokens, NSA and cuDNN ms (fwd + bwd), speed-up, NSA peak MiB"]
     ours, dense, memory = (
         series(rows, layout, *which)
@@ -146,7 +146,7 @@ def table(rows: Rows, layout: str) -> str:
         at = crossover(speed_up(rows, layout, column))
         says = "not reached" if at is None else f"at {in_thousands(at)}" if at else "below all"
         lines.append(f"  crossover, {name}: {says}")
-    growth = [f"{op} {grown:.2f}" for op in PARTS if (grown := growth_at_64k(rows, layout, op))]
+    growth = [f"{op} {grown:.2f}" for op in OPS if (grown := growth_at_64k(rows, layout, op))]
     lines.append(f"  time at 64k over time at 32k: {', '.join(growth) or 'not measured'}")
     return "\n".join(lines)
 
@@ -175,19 +175,19 @@ def draw(rows: Rows, docs: Path) -> list[Path]:
 
 
 def draw_times(rows: Rows) -> Figure:
-    """Above the whole op and its rivals, below the parts, if any; a column for each head layout."""
+    """The whole op and its rivals above, single ops below, if any; a column for each head layout."""
     layouts = layouts_in(rows)
-    with_parts = any(row["op"] in PARTS for row in rows)
-    figure, axes = panels(1 + with_parts, len(layouts), height=3.4)
+    with_ops = any(row["op"] in OPS for row in rows)
+    figure, axes = panels(1 + with_ops, len(layouts), height=3.4)
     for axis, layout in zip(axes[0], layouts, strict=True):
         draw_whole(axis, rows, layout, "step_ms")
         dress(axis, title=in_words(layout))
     axes[0][0].set_ylabel("ms, forward + backward")
-    if with_parts:
+    if with_ops:
         for axis, layout in zip(axes[1], layouts, strict=True):
-            draw_parts(axis, rows, layout)
+            draw_ops(axis, rows, layout)
             dress(axis)
-        axes[1][0].set_ylabel("parts of NSA, ms")
+        axes[1][0].set_ylabel("ops of NSA, ms")
     finish(figure, rows, "Time of one attention, batch 1", axes)
     return figure
 
@@ -198,7 +198,7 @@ def draw_speed_ups(rows: Rows) -> Figure:
     columns = {"forward_ms": "forward", "step_ms": "forward + backward"}
     for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
         axis.axhline(1, color="#212529", lw=1)
-        for layout, colour in zip(layouts_in(rows), PART_COLOURS, strict=False):
+        for layout, colour in zip(layouts_in(rows), OP_COLOURS, strict=False):
             speed = speed_up(rows, layout, column)
             at = crossover(speed)
             says = "nowhere yet" if at is None else f"from {in_thousands(at)}" if at else "always"
@@ -225,8 +225,8 @@ def draw_memory(rows: Rows) -> Figure:
     return figure
 
 
-def draw_parts(axis: Axes, rows: Rows, layout: str) -> None:
-    for op, colour in zip(PARTS, PART_COLOURS, strict=True):
+def draw_ops(axis: Axes, rows: Rows, layout: str) -> None:
+    for op, colour in zip(OPS, OP_COLOURS, strict=True):
         times = series(rows, layout, op, "triton", "step_ms")
         axis.plot(*xy(times), color=colour, lw=1.6, marker="o", ms=3, label=op)
 

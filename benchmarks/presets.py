@@ -1,7 +1,7 @@
 """What a user gets who types train.py: speed, memory and start-up of presets.
 
 `python -m benchmarks.presets --minutes 8` runs each preset through train.py for some steps, on text
-made up here, beside its dense twin; `--strategies ddp fsdp` on several GPUs. Rows go to results.csv
+made up here, with its dense twin; `--strategies ddp fsdp` on several GPUs. Rows go to results.csv
 (suite `presets`), a short table is printed last. Each job is one process, as a user's is; compile
 caches are kept, so the second run of a job shows what a machine shows that has run it before.
 """
@@ -47,7 +47,7 @@ class Job(NamedTuple):
 
 
 def presets() -> list[Job]:
-    """The presets as they ship, each beside its dense twin; then lengths, twin by twin."""
+    """The presets as they ship, each with its dense twin; then lengths, twin by twin."""
     jobs = []
     for size, tokens, sequences, steps in (("small", 1024, 32, 200), ("medium", 8192, 16, 30)):
         for kind in ("nsa", "dense"):
@@ -141,7 +141,7 @@ def take(job: Job, strategy: str, folder: Path, options: argparse.Namespace, lef
 
 
 def row_of(job: Job, strategy: str, figures: dict[str, Any], devices: int) -> dict[str, Any]:
-    """A line of results.csv, and beside it what has no column there."""
+    """A line of results.csv, and what has no column there."""
     row: dict[str, Any] = {
         "suite": "presets",
         "op": job.name,

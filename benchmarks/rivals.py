@@ -140,7 +140,7 @@ def fla_nsa(w: Workload) -> Item:
             window_size=cfg.sliding_window_size if has_window else 0,
         )
 
-    unchecked = f"its rules differ (l = d = l'{'' if has_window else ', no window: no flash-attn'})"
+    unchecked = f"its sizes differ (l = d = l'{'' if has_window else ', no window: no flash-attn'})"
     return Item(op, (w.gates, *w.qkv), [], unchecked=unchecked)
 
 

@@ -1,7 +1,7 @@
 """Measurements in a process of their own: one that hangs or breaks the GPU costs only itself.
 
 Leader and worker count the same jobs. The worker announces each one before it begins; where it
-dies or falls silent, the leader records that job as lost and starts another worker behind it.
+dies or falls silent, the leader records that job as lost and starts another worker after it.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def run_jobs(
     silent_seconds: float,
     lost: Callable[[int, str], None],
 ) -> None:
-    """Run a worker on its jobs, and another one behind every job that is lost."""
+    """Run a worker on its jobs, and another one after every job that is lost."""
     while told.after < num_jobs and time.time() < told.stop:
         job, end = follow(module, arguments_of(told), told.stop + 10.0, silent_seconds)
         if end in ("done", "out of time"):

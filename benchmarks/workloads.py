@@ -1,4 +1,4 @@
-"""What `benchmarks.attention` times of ours: the whole op and each of its parts.
+"""What `benchmarks.attention` times of ours: the whole op and each of its ops.
 
 Letters: B batch (1 here), T tokens, H query heads, G key/value heads, D head dimension.
 """

@@ -1,4 +1,4 @@
-"""What the branches of each NSA layer are used for: mean gates, and where selected blocks lie."""
+"""How much each NSA layer uses its branches: mean gates, and where selected blocks lie."""
 
 from functools import partial
 from pathlib import Path

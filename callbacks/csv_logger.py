@@ -78,7 +78,7 @@ class RunCSVLogger(Logger):
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing: the provenance callback writes the resolved config."""
+        """Does nothing: the provenance callback writes the resolved config."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -97,7 +97,7 @@ class RunCSVLogger(Logger):
 
     @rank_zero_only
     def drop_after(self, step: int) -> None:
-        """Drop the rows of later steps: those are about to be trained again."""
+        """Drop the rows of later steps, which are about to be trained again."""
         rows = read_rows(self.path)
         if any(int(row["step"]) > step for row in rows):
             self._rewrite([row for row in rows if int(row["step"]) <= step])

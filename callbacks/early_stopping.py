@@ -15,8 +15,8 @@ class MetricEarlyStopping(EarlyStopping):
 
     Args:
         monitor, mode: as of `BestCheckpoint`.
-        min_delta: a change for the better by less counts as none.
-        patience: validations in a row without a change for the better.
+        min_delta: a smaller improvement counts as none.
+        patience: validations in a row without an improvement.
         options: as of Lightning's `EarlyStopping`.
 
     Raises:
@@ -50,7 +50,7 @@ class MetricEarlyStopping(EarlyStopping):
         super().setup(trainer, pl_module, stage)
 
     def why(self) -> str:
-        """What ended the run, and the option that lets it go on for longer."""
+        """What ended the run, and the option that lets it run longer."""
         if self.stopping_reason != EarlyStoppingReason.PATIENCE_EXHAUSTED:
             return str(self.stopping_reason_message)
         return (

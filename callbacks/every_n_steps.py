@@ -76,7 +76,7 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 
 @contextmanager
 def aside(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Run the model without a trace in training: no gradients, no dropout, its own random numbers.
+    """Run the model without affecting training: no gradients, no dropout, its own random numbers.
 
     In training's precision, and uncompiled, so that hooks fire and odd lengths compile nothing.
     """

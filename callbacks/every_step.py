@@ -21,7 +21,7 @@ class Step:
         number: from 1.
         losses: of each rank, and of each of its micro-batches, in nats a token.
         grad_norm: over all parameters, before clipping.
-        broken: whether a loss or the gradient is not finite, and no smaller loss scale helps.
+        broken: whether a loss or the gradient is not finite and a smaller loss scale cannot help.
     """
 
     number: int
@@ -48,7 +48,7 @@ class EveryStep(EveryNSteps):
 
     What a step leaves behind (`step_losses` and `grad_norm` of the module) stays on its device and
     its rank until it is read: every n steps, before any checkpoint, and at the end. So nothing
-    waits for a GPU in between. What a subclass counts in `count` is part of the checkpoint.
+    waits for a GPU in between. A subclass's `count` is saved in checkpoints.
 
     Args:
         every_n_steps: None reads at every step on a CPU, where it costs nothing, and at the
@@ -114,7 +114,7 @@ class EveryStep(EveryNSteps):
 
 
 def scales_losses(trainer: Trainer) -> bool:
-    """Whether gradients may overflow for their scale alone, which their scaler then halves."""
+    """Whether gradients may overflow only because of their scale, which the scaler then halves."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler is not None and scaler.get_scale() >= 1
 

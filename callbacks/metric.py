@@ -1,4 +1,4 @@
-"""How callbacks get the metric of a run: its data name it."""
+"""How callbacks get the metric of a run, which its data name."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def worst(mode: str) -> float:
 
 
 def check_mode(callback: str, monitor: str, mode: str | None) -> None:
-    """Refuse another metric than the data's without a word on which values are better."""
+    """Refuse another metric than the data's unless it is said which values are better."""
     if mode is None and PLACEHOLDER not in monitor:
         raise ValueError(
             f"callbacks.{callback}.monitor={monitor} is not the metric of the data: say with "

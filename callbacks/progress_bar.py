@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, a line every n steps anywhere else."""
+"""Progress of training: a bar on a terminal, a line every n steps anywhere else."""
 
 import sys
 import time

@@ -22,7 +22,7 @@ def asked_once() -> Iterator[None]:
     import datasets
     from huggingface_hub import constants
 
-    for library in ("datasets", "huggingface_hub"):  # they print beside what the root logger prints
+    for library in ("datasets", "huggingface_hub"):  # they print in addition to the root logger
         logging.getLogger(library).handlers.clear()
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     if not any(before) and (reason := no_answer(constants.ENDPOINT)):

@@ -1,4 +1,4 @@
-"""The backends: who computes each op, which rules and options each one covers, and the choice.
+"""The backends: who computes each op, what each backend covers, and how one is chosen.
 
 reference  `nsa.reference` and nothing else: the paper in plain PyTorch, dense masks
 torch      the same, but the window by the local-attention library and block means without
@@ -24,7 +24,7 @@ from nsa.plugins import label
 class Backend:
     """One implementation of every op, and what it covers beyond the defaults of a layer.
 
-    Nothing is covered that is not declared: who adds an option adds it here too.
+    What is not declared here counts as not covered: a new option has to be added here, too.
 
     Args:
         gated_attention: the branches and their sum in one op; None if it has no such op.
@@ -117,8 +117,8 @@ def resolve_backend(
 ) -> str:
     """The name of the backend a module will use, decided once, at construction.
 
-    "auto" is "triton" where Triton and a CUDA device of compute capability 8.0 or newer are at
-    hand, else "torch".
+    "auto" is "triton" where Triton and a CUDA device of compute capability 8.0 or newer are
+    available, else "torch".
 
     Args:
         options: those of `Backend.covers` that the module needs.

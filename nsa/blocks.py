@@ -3,7 +3,7 @@
 Positions count from 0. Compressed block c covers tokens [c*d, c*d + l), whole blocks only;
 selection block s covers [s*l', (s+1)*l'), the last one possibly cut short by the sequence's end.
 
-Keys have a count, queries have positions. `num_tokens` is how many tokens there are to look at;
+Keys have a count, queries have positions. `num_tokens` is how many tokens there are to see;
 queries stand at `positions` [*B T], or, in training, at each token: 0 … num_tokens - 1. While
 decoding num_tokens may exceed what a sequence has so far: a causal query sees none of the rest.
 Letters: B batch, T queries, K keys, G key/value heads (or H query heads), C compressed blocks,
@@ -52,7 +52,7 @@ def sees_compressed(t: Tensor, c: Tensor, cfg: NSAConfig) -> Tensor:
     return (last <= t) | (not cfg.causal)
 
 
-@no_type_check  # a run-time type checker keeps books, which a mask that is compiled may not
+@no_type_check  # a run-time type checker has state, which a compiled mask may not touch
 def in_window(t: Tensor, s: Tensor, cfg: NSAConfig) -> Tensor:
     """Query t sees key s in the window: 0 <= t - s < w; |t - s| < w, if not causal."""
     near = (t - s).abs() < cfg.sliding_window_size

@@ -1,6 +1,6 @@
 """From projected heads to the gated sum of the three branches (eq. 5), on any backend.
 
-The one place that knows in which order the ops follow one another. Letters as in `nsa.reference`.
+The only place that knows the order of the ops. Letters as in `nsa.reference`.
 """
 
 import torch
@@ -23,7 +23,7 @@ def gated_attention(
     compressed_output: bool = True,
     block_indices: Int[Tensor, "B T J N"] | None = None,
 ) -> Float[Tensor, "B T H D"]:
-    """The gated sum: in one op that has the gradients of all branches, where the backend has one.
+    """The gated sum, in one op with one backward pass for all branches where the backend has one.
 
     Args:
         shared: one selection for all query heads of a key/value head.

@@ -1,6 +1,6 @@
-"""The sizes and rules Native Sparse Attention is defined by (arXiv 2502.11089, section 3).
+"""The sizes that define Native Sparse Attention (arXiv 2502.11089, section 3).
 
-They are checked once, here; everything below this file takes an `NSAConfig` at its word.
+They are checked once, here; whoever is given an `NSAConfig` can rely on it.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """FlexAttention: masks for the sparse branches, and the `flex` backend of two of the ops.
 
-The masks carry the names that users of native-sparse-attention-pytorch know. Attention is compiled
+The masks have the names that native-sparse-attention-pytorch gives them. Attention is compiled
 on a GPU; on a CPU it runs eagerly and forward only, since PyTorch has no backward there.
 Letters as in `nsa.reference`.
 """
@@ -22,7 +22,7 @@ from nsa.config import NSAConfig
 
 TILE = 128  # FlexAttention skips tiles of TILE x TILE scores that a mask hides entirely
 
-# PyTorch would take its decoding kernel below 128 queries, which has no tiles for some lengths.
+# Below 128 queries PyTorch would take its decoding kernel, which has no tiles for some lengths.
 TRAINING: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 
 PROGRAMS = 64  # compiled in one process, at most
@@ -148,7 +148,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    # Eager, it would hold T x T scores: beyond so many masks, lengths and dtypes it raises instead.
+    # Eagerly it would hold T x T scores. It raises beyond so many masks, lengths and dtypes.
     torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, fullgraph=True)
 

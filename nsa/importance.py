@@ -1,13 +1,13 @@
-"""Importance rules: how much a query makes of each selection block, from its compressed scores.
+"""Importance rules: how much each selection block matters to a query, by its compressed scores.
 
-A rule takes, of query heads that choose together (R of them, in each of J choices),
+A rule is given, for the R query heads that make each of J choices together,
 
     scores   [B J R T C]  q.k / sqrt(D) against the compressed keys, in float32 or better
     lse      [B J R T]    the log of the sum of exponents of what each query sees
     visible  [#B 1 1 T C] which compressed blocks each query sees; broadcasts to the scores
     overlap  [C S]        what a compressed and a selection block share, in strides (eq. 9)
 
-and gives [B J T S]. It must be differentiable in scores and lse, and read nothing hidden.
+and returns [B J T S]. It must be differentiable in scores and lse, and ignore what is not visible.
 """
 
 from collections.abc import Callable

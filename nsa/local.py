@@ -32,7 +32,7 @@ def sliding_window_attention(
         rearrange(q, "B T H D -> B H T D"),
         repeat(k, "B T G D -> B (G R) T D", R=heads_per_group),
         repeat(v, "B T G D -> B (G R) T D", R=heads_per_group),
-        # Causal queries cannot reach the padding behind the sequence; the others must be told.
+        # Causal queries cannot reach the padding behind the sequence; for the others it is masked.
         mask=None if cfg.causal else q.new_ones(q.shape[0], num_tokens, dtype=torch.bool),
         attn_bias=_own_key_only(q, cfg) if cfg.sliding_window_size == 1 else None,
     )

@@ -21,7 +21,7 @@ ENTRIES = ("state_dict", "hyper_parameters", "optimizer_states", "loops", "globa
 SHARDED = ("state_dict", "optimizer_states")  # those that lie in a folder's shards
 REST = "meta.pt"  # of a folder: all but SHARDED, under the name that Lightning looks for
 INDEX = ".metadata"  # of a folder: what lies where, under PyTorch's name
-INDEX_NAMES = {  # what an index is made of, beside dtypes
+INDEX_NAMES = {  # what an index is made of, besides dtypes
     "pathlib": ("PosixPath", "WindowsPath"),
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
@@ -95,7 +95,7 @@ class IndexReader(pickle.Unpickler):
 def find_code(folder: Path) -> str | None:
     """What in a folder is more than plain values, or None.
 
-    PyTorch's own reader of folders unpickles whatever there is, and so would run it: this goes
+    PyTorch's own reader of folders unpickles whatever it finds, and so could run code. Call this
     before it.
     """
     try:
@@ -112,7 +112,7 @@ def find_code(folder: Path) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """None where it is missing or no manifest."""
+    """None where it is missing or is not a manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         complete = all({"bytes", "sha256"} <= written.keys() for written in manifest.values())

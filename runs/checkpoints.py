@@ -67,7 +67,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def find_content(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of itself, no more than that read of it; None if it cannot be read."""
+    """What a checkpoint says of itself, without reading its weights; None if it cannot be read."""
     try:
         content = load_file(path / REST if path.is_dir() else path)
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError):
@@ -110,7 +110,7 @@ class WholeCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Raises NotWritten where it cannot be done; what was there before is there still."""
+        """Raises NotWritten where it cannot be done; what was there before stays."""
         path = Path(path)
         try:
             write(checkpoint, path)
@@ -120,7 +120,7 @@ class WholeCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """On the CPU, plain values and tensors alone, whatever is asked for."""
+        """Always on the CPU, and plain values and tensors alone."""
         return load(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -159,7 +159,7 @@ def publish(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
 
 
 def unnamed(folder: Path) -> Path:
-    """Where a folder lies, if there is one, that has lost its name."""
+    """Take a folder's name from it, if there is one; returns where it lies then."""
     hidden = folder.with_name(f".{folder.name}.old")
     if folder.is_dir():
         folder.rename(hidden)
@@ -181,7 +181,7 @@ def remove_drafts(folder: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The system's word for a failed write: PyTorch hides it behind an error of its own."""
+    """The system's message for a failed write: PyTorch hides it behind an error of its own."""
     first: BaseException | None = error
     while first is not None and not isinstance(first, OSError):
         first = first.__cause__ or first.__context__

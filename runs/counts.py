@@ -1,4 +1,4 @@
-"""What is counted is a whole number: 1e3 is 1000, and 2.5 or a word is refused by name."""
+"""Options that count something are whole numbers: 1e3 is 1000; 2.5 or a word is refused by name."""
 
 import re
 from typing import Any
@@ -23,7 +23,7 @@ def make_whole(cfg: DictConfig) -> None:
     """Turn every count of a config into an `int`.
 
     Raises:
-        ValueError: naming the first that is none.
+        ValueError: naming the first that is not a whole number.
     """
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     for path, value in flatten(settings, ""):

@@ -51,7 +51,7 @@ def share_of(sequences_per_step: int, world_size: int) -> int:
 
 
 class StepDivision(L.Callback):
-    """Divides the step when the ranks are there, before anything depends on it; then says so.
+    """Divides the step once the ranks have started, before anything depends on it; then says so.
 
     Args:
         sequences_per_step: of all processes together.
@@ -94,7 +94,7 @@ def divide(trainer: Any, share: int, at_once: int, val_every_n_steps: int) -> No
 
 
 def choose(trainer: Any, module: Any, share: int) -> tuple[int, Room | None]:
-    """The largest part of a share that fits every rank's device, and what that rests on."""
+    """The most sequences of a share that fit every rank's device, and what that rests on."""
     if trainer.strategy.root_device.type != "cuda":
         return micro_batch.on_cpu(share, module.model.seq_len), None
     return choose_by_trial(trainer, module, share)

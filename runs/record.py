@@ -30,7 +30,7 @@ def hydra_of(run: Path) -> Any:
 
 
 def overrides_before(checkpoint: Path, flags: Flags, typed: Typed) -> list[str]:
-    """What the run of a checkpoint overrode and still holds beside what was typed now.
+    """What the run of a checkpoint overrode and still holds besides what was typed now.
 
     What no longer fits, as an option of a callback that `callbacks=none` dropped, is named.
     """
@@ -54,7 +54,7 @@ def overrides_before(checkpoint: Path, flags: Flags, typed: Typed) -> list[str]:
 
 
 def flags_before(checkpoint: Path) -> dict[str, str | bool]:
-    """Where the run of a checkpoint had its configs from, besides conf/."""
+    """Where the run of a checkpoint took its configs from, besides conf/."""
     run = run_folder(checkpoint)
     if run is None or not (run / ".hydra" / "hydra.yaml").is_file():
         return {}

@@ -1,4 +1,4 @@
-"""What a run tells of itself in result.json: the columns of a sweep's table, and its objectives."""
+"""What a run reports in result.json: the columns of a sweep's table, and its objectives."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -89,7 +89,7 @@ def refuse_to_resume_a_sweep(typed: Typed) -> None:
 
 
 def refuse_search(config: DictConfig) -> None:
-    """A search that nobody searches with would train one default model without a word."""
+    """Refuse a search without -m, which would silently train one default model."""
     search = config.hydra.runtime.choices.get("hparams_search")
     if search not in (None, "null"):
         raise ValueError(

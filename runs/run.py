@@ -50,7 +50,9 @@ def build(cfg: DictConfig) -> Run:
     counts.make_whole(cfg)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     check_settings(settings)
-    weights = settings["model"].pop("weights")  # where a run starts from is no part of its model
+    weights = settings["model"].pop(
+        "weights"
+    )  # where a run starts from does not belong to its model
     torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     parts = ("model", "optimizer", "scheduler", "compile", "activation_checkpointing")
     module = NSALightningModule(**{part: settings[part] for part in parts})
@@ -93,10 +95,10 @@ def refuse_to_begin_again(run: Path, ckpt_path: str | None) -> None:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse what no part of the program would notice by itself.
+    """Refuse what nothing else in the program would notice.
 
     Raises:
-        ValueError: naming the value, the rule and the way out.
+        ValueError: naming the value, what it must be, and the way out.
     """
     check_batch(**settings["batch"])
     if settings["val_every_n_steps"] < 1:

@@ -29,7 +29,7 @@ from runs import checkpoint_faults, checkpoints
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Every rank trains on its own data and holds one part of the model (`parallel.shard`).
+    """Every rank trains on its own data and holds one shard of the model (`parallel.shard`).
 
     Lightning's strategy with data parallelism alone, and checkpoints that are whole before they
     can be seen. What fails on one rank fails on all, so that none waits for another in vain.
@@ -131,7 +131,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 class Writer(FileSystemWriter):
-    """PyTorch's own, but that other ranks hear the system's word for what failed on one."""
+    """PyTorch's own, except that all ranks hear the system's message for what failed on one."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""What a job of a sweep does that a single run does not: it has a GPU of its own, it tells the
+"""What a job of a sweep does and a single run does not: it has a GPU of its own, it tells the
 sweeper how good it was, and whatever it dies of, the next job runs.
 """
 

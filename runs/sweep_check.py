@@ -33,7 +33,7 @@ def check(config: DictConfig) -> None:
     """Refuse what no job of this sweep could run with; `config` holds `hydra` too.
 
     Raises:
-        ValueError: naming the value, the rule and the way out.
+        ValueError: naming the value, what it must be, and the way out.
     """
     metric = results.metric_of(config.data)
     results.check_objective(config.objective, metric.name)

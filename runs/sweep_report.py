@@ -116,11 +116,11 @@ def read_csv(folder: Path) -> list[Job]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a column is missing, or a number is none.
+        ValueError: if a column is missing, or what should be a number is not one.
     """
     path = folder / "sweep.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no folder of a sweep: it holds no sweep.csv")
+        raise FileNotFoundError(f"{folder} is not the folder of a sweep: it holds no sweep.csv")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         found = set(reader.fieldnames or ())

@@ -161,9 +161,9 @@ def test_pictures_and_table_come_from_the_rows_of_one_run(tmp_path: Path) -> Non
 
 def test_pictures_of_whole_ops_alone(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
-    measure.append(path, *(row for row in made_up_rows() if row["op"] not in plots.PARTS))
+    measure.append(path, *(row for row in made_up_rows() if row["op"] not in plots.OPS))
     figure = plots.draw_times(measure.read(path))
-    assert len(figure.axes) == 2  # a panel for each head layout, none for parts
+    assert len(figure.axes) == 2  # a panel for each head layout, none for single ops
     figure.savefig(tmp_path / "times.png")
 
 

@@ -137,7 +137,7 @@ def flip(path: Path) -> None:
         (lambda folder: (folder / "__0_0.distcp").unlink(), r"its file __0_0\.distcp is missing"),
         (lambda folder: flip(folder / "__1_0.distcp"), r"its file __1_0\.distcp is damaged"),
         (lambda folder: flip(folder / ".metadata"), r"its file \.metadata is damaged"),
-        (lambda folder: (folder / "x.pt").write_text("x"), r"x\.pt is no file of it"),
+        (lambda folder: (folder / "x.pt").write_text("x"), r"x\.pt is not one of its files"),
         (lambda folder: (folder / "manifest.json").unlink(), r"no readable manifest\.json"),
         (lambda folder: truncate(folder / "manifest.json"), r"no readable manifest\.json"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "no readable manifest"),

@@ -61,7 +61,7 @@ def test_select_blocks(choice):
 
 
 def test_lower_block_wins_a_tie():
-    """Equal keys give equal scores: the first blocks are kept, beside the forced ones."""
+    """Equal keys give equal scores: the first blocks are kept, besides the forced ones."""
     cfg = config(4, 4, 4, 5, num_local_blocks=1)
     q, k, v = (x.float() for x in heads(1, 64, 16, 2, 1, 16, 16))
     k = torch.ones_like(k)

@@ -90,7 +90,7 @@ def learned(compile: bool | str, **changes: Any) -> tuple[Steps, torch.Tensor]:
 
 
 def compare(what: str, changes: dict[str, Any], rows: list[str]) -> None:
-    """Graphs beside eager and compiled steps: the largest differences."""
+    """Graphs against eager and compiled steps: the largest differences."""
     runs = {name: learned(name, **changes) for name in (False, True, "reduce-overhead")}
     again = learned("reduce-overhead", **changes)
     eager, graphs = runs[False][0], runs["reduce-overhead"][0]
@@ -188,7 +188,7 @@ def main() -> None:
     rows: list[str] = []
     folder = Path(tempfile.mkdtemp())
     steps = "trainer.max_steps=60"
-    parts: list[Callable[[], None]] = [
+    checks: list[Callable[[], None]] = [
         lambda: compare("no dropout", {}, rows),
         *(
             lambda each=each: timed(*each, rows, options.seconds)  # type: ignore[misc]
@@ -201,12 +201,12 @@ def main() -> None:
         ),
         lambda: compare("dropout .1", {"dropout": 0.1}, rows),
     ]
-    for part in parts:
+    for check in checks:
         if time.monotonic() > stop:
             rows.append("no time left for the rest")
             break
         try:
-            part()
+            check()
         except BaseException as error:
             traceback.print_exc()
             rows.append(f"failed: {type(error).__name__}: {str(error)[:300]}")

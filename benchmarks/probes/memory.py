@@ -27,12 +27,12 @@ SCALE = 16
 
 
 class Allocation(NamedTuple):
-    """One allocation, or with fewer than no bytes its end."""
+    """One allocation; with a negative number of bytes, one that is freed."""
 
     time: int
     address: int
     size: int
-    op: str  # the outermost one of ours, or else of PyTorch's
+    op: str  # the outermost op of ours, or else of PyTorch
 
 
 def allocations(layout: Layout, tokens: int) -> list[Allocation]:

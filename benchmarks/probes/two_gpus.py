@@ -148,17 +148,17 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="two-gpus-"))
     runs = Runs(folder, 100, options.override)
     table: list[str] = []
-    parts: list[Callable[[], None]] = [
+    checks: list[Callable[[], None]] = [
         lambda: together(runs, options.steps, table),
         lambda: interrupted(runs, options.steps, table),
         lambda: long(runs, table),
     ]
-    for part in parts:
+    for check in checks:
         if time.monotonic() > stop:
             table.append("no time left for the rest")
             break
         try:
-            part()
+            check()
         except Exception as error:
             traceback.print_exc()
             table.append(f"failed: {type(error).__name__}: {str(error)[:300]}")

@@ -18,7 +18,7 @@ def breaking_its_gradient(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
 def skip_if_broken(optimizer: Optimizer, grad_norm: Float[Tensor, ""]) -> None:
     """Let the coming `optimizer.step` change nothing if the norm over all gradients is not finite.
 
-    Neither weights nor their decay, moments or step counts. To be called before every step. A fused
+    Weights, moments and step counts stay as they are. To be called before every step. A fused
     optimizer reads the answer on the device; for any other the host has to look, and waits.
     """
     broken = ~torch.isfinite(grad_norm)

@@ -1,7 +1,7 @@
 """Micro-batches without the host: forward pass, loss and backward pass as one CUDA graph.
 
 The host launches a graph in the time of one kernel, however many kernels it holds. A graph reads
-and writes where it did when it was recorded: the tokens are copied into an array of their own, and
+and writes where it did when it was recorded. So tokens are copied into an array of their own, and
 gradients add up in arrays that stay (`GradientBuffer`).
 """
 
@@ -55,9 +55,9 @@ class GradientBuffer:
 class MicroBatchGraph:
     """A function of a micro-batch that adds to gradients, replayed as a CUDA graph.
 
-    Recording leaves no trace in random numbers; gradients are junk after it. Dropout draws from
+    Recording leaves random generators as they were and gradients undefined. Dropout draws from
     PyTorch's generator as it stands at each replay. A batch of other shapes than the recorded one
-    goes through the function itself.
+    is given to the function itself.
 
     Args:
         learn: must launch the same kernels on the same arrays each time, and ask for no value.
@@ -83,7 +83,7 @@ class MicroBatchGraph:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has a pool of its own
-        # Only this thread must not disturb: loaders pin memory in others.
+        # Only this thread must not allocate: loaders pin memory in others.
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._figures = self._learn(self._batch)
 

@@ -1,4 +1,4 @@
-"""What a model scores on the labels of a batch, as sums: means over a split are exact then.
+"""What a model scores on the labels of a batch, as sums, so that means over a split are exact.
 
 Letters: B batch, T tokens.
 """
@@ -18,7 +18,7 @@ class LabelSums(NamedTuple):
 
     nats: Num[Tensor, ""]  # cross-entropy, in float32
     labels: Num[Tensor, ""]  # how many are scored
-    correct: Num[Tensor, ""] | None = None  # how many the model finds most likely, where counted
+    correct: Num[Tensor, ""] | None = None  # how many the model predicts, where counted
 
 
 def label_sums(

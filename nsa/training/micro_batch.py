@@ -19,7 +19,7 @@ from nsa.transformer import Transformer
 SAFETY = 0.85  # of what is free: fragments, workspaces, and what other code allocates
 FOR_COMMUNICATION = 2**30  # bytes, on each of several devices
 NEVER = 1 << 60  # bytes, more than any device has
-TOKENS_ON_CPU = 32_768  # at once: there is no telling what a CPU's memory is meant for
+TOKENS_ON_CPU = 32_768  # at once: nobody knows what else a CPU's memory is needed for
 
 
 class Memory(NamedTuple):
@@ -67,7 +67,7 @@ def memory_of(
 ) -> Memory | None:
     """What a step of `model` takes of `device`, by steps of a copy; None if one does not fit.
 
-    The copy leaves no trace in the model's weights or gradients, nor in random numbers.
+    The copy changes neither the model's weights and gradients nor the random generators.
 
     Args:
         forward_context: of training, for its precision.
@@ -91,7 +91,7 @@ def memory_of(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     optimizer = 2 * weights  # two moments; the trial holds weights and gradients
     elsewhere = 4 * weights * (shards - 1) // shards
-    # Two that did not fit: whatever a sequence takes, it is more than what was left.
+    # Two did not fit: a sequence takes more than what the first one left.
     per_sequence = peaks[1] - peaks[0] if len(peaks) == 2 else NEVER
     return Memory(peaks[0] - per_sequence + optimizer - elsewhere, per_sequence)
 

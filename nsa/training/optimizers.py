@@ -4,7 +4,7 @@
     {_target_: torch.optim.SGD, lr: 1e-3}   one's own (see `nsa.plugins`)
 
 One's own optimizer is called with what its signature asks for by these names: `params`, the groups
-of all parameters, of which those that shall not decay have weight_decay=0; or `model`. One's own
+of all parameters (weight_decay=0 in the groups that do not decay), or `model`. One's own
 schedule is a function of `step` and `max_steps` that returns the factor of the learning rate.
 """
 
@@ -72,7 +72,7 @@ class MuonAdamW(Optimizer):
     those of `parameter_groups` with two dimensions, without the output layer. Group 0 is Muon's.
 
     Args:
-        model: whose parameters are whole on every device (DDP; not FSDP2).
+        model: its parameters must be whole on every device (DDP, not FSDP2).
         momentum: of Muon; Nesterov's.
         ns_steps: Newton-Schulz iterations that make an update orthogonal.
         lr, weight_decay: of both.
@@ -110,7 +110,7 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Groups and state are this optimizer's; both parts work on them."""
+        """Muon and AdamW both work on the groups and the state of this optimizer."""
         self._muon.param_groups = self.param_groups[:1]
         self._adamw.param_groups = self.param_groups[1:]
         self._muon.state = self._adamw.state = self.state
@@ -121,7 +121,7 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore
-        """Both parts, after one evaluation of the closure."""
+        """A step of Muon and one of AdamW, after one evaluation of the closure."""
         loss = self._muon.step(closure)
         self._adamw.step()
         return loss

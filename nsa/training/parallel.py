@@ -1,7 +1,7 @@
 """How a Transformer fits on its devices: what is recomputed, what is compiled, what is sharded.
 
 In this order: a compiler has to see the recomputation, and PyTorch shards last. Nothing here
-changes a parameter's name; what is done already is not done again.
+changes a parameter's name, and calling it twice does no harm.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ def own(*names: str) -> list[torch._ops.OpOverload]:
     return [getattr(torch.ops.nsa, name).default for name in names if "triton" in BACKENDS]
 
 
-# Blocks are chosen once: a choice made anew from numbers that differ in a last bit is another one.
+# Selections are kept: made anew from numbers that differ in a last bit, they may differ.
 CHOICES = [aten.sort.stable, *own("select_blocks")]
 PRODUCTS = [
     *(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default),
@@ -81,7 +81,7 @@ def resolve_compile(compile: bool | str, device: torch.device) -> bool | str:
 
 
 def compile_blocks(model: Transformer, compile: bool | str) -> None:
-    """Block by block and in place, unless `compile` is False: one program serves all of a kind.
+    """Compile each block in place, unless `compile` is False: blocks of a kind share one program.
 
     In torch.compile's default mode: what is replayed is a whole step, not a block.
     """
@@ -99,7 +99,7 @@ def compile_blocks(model: Transformer, compile: bool | str) -> None:
 
 
 def shard(model: Transformer, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
-    """FSDP2: a rank holds one part of each parameter, of its gradient and of its optimizer state.
+    """FSDP2: a rank holds one shard of each parameter, of its gradient and of its optimizer state.
 
     The linear layers of a block are gathered together before the block runs and freed behind it,
     in the dtype `gathered`, which is what autocast would turn them into: so the numbers are those
@@ -120,5 +120,5 @@ def shard(model: Transformer, mesh: DeviceMesh, gathered: torch.dtype | None = N
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; then every rank has to ask."""
+    """The whole of a tensor that may be sharded; every rank has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 class ReplicaStrategy(DDPStrategy):
     """Lightning's DDP, unless the module replays its steps as CUDA graphs.
 
-    A graph has no place for the hooks with which DDP sums gradients while the backward pass runs.
+    A graph cannot hold the hooks with which DDP sums gradients while the backward pass runs.
     Such a module sums its gradients itself, once a step (`GradientBuffer`), and needs no wrapper:
     here the weights alone become those of rank zero, as DDP's do.
     """

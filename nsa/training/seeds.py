@@ -1,4 +1,4 @@
-"""Random numbers of a training step: seeded by what step it is, so a resumed run repeats them."""
+"""Random numbers of a training step, seeded by its number, so that a resumed run repeats them."""
 
 import random
 
