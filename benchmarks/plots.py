@@ -175,7 +175,7 @@ def draw(rows: Rows, docs: Path) -> list[Path]:
 
 
 def draw_times(rows: Rows) -> Figure:
-    """The whole op and its rivals above, single ops below, if any; a column for each head layout."""
+    """The whole op and its rivals above, single ops below, if any; one column a head layout."""
     layouts = layouts_in(rows)
     with_ops = any(row["op"] in OPS for row in rows)
     figure, axes = panels(1 + with_ops, len(layouts), height=3.4)

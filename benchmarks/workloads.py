@@ -164,7 +164,7 @@ def nsa(
 
 
 def whole(w: Workload) -> Item:
-    """`nsa`, judged with the blocks it selects itself: a tie that falls otherwise is no error."""
+    """`nsa`, judged with the blocks it selects itself, since ties may be broken either way."""
 
     def op(*inputs: Tensor) -> Tensor:
         return nsa(w, w.backend, inputs)

@@ -12,7 +12,7 @@ UNPACK = f"unpack it first, or pack it as {UNPACKABLE}"
 CONVERT = "convert it to text first"
 RENAME = "it is packed: give its name the suffix {}"
 
-# What is no text, by suffix and by first bytes, each with the way out.
+# What is not text, by suffix and by first bytes, each with the way out.
 BY_SUFFIX = {
     **dict.fromkeys((".jsonl", ".ndjson"), ROWS.format("json")),
     ".parquet": ROWS.format("parquet"),
@@ -47,7 +47,7 @@ def check_text(option: str, path: Path) -> None:
         start = next(unpacked(path), b"")
         way = next((way for magic, way in BY_START.items() if start.startswith(magic)), None)
     if way is not None:
-        raise ValueError(f"{option}: {path} is no text file: {way.format(path)}")
+        raise ValueError(f"{option}: {path} is not a text file: {way.format(path)}")
 
 
 class Decoding:

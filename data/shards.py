@@ -273,7 +273,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         refuse(path, f"it is no JSON ({error})")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        refuse(path, f"it is no index of format {FORMAT!r}")
+        refuse(path, f"it is not an index of format {FORMAT!r}")
     return index
 
 

@@ -185,7 +185,9 @@ def load_tokenizer(name: str, vocab_size: int, eot_token: str | None) -> Subword
     if eot_token is not None:
         loaded.eot = loaded.tokenizer.token_to_id(eot_token)
         if loaded.eot is None:
-            raise ValueError(f"data.eot_token={eot_token!r} is no token of data.tokenizer={name!r}")
+            raise ValueError(
+                f"data.eot_token={eot_token!r} is not a token of data.tokenizer={name!r}"
+            )
     if vocab_size < loaded.vocab_size:
         raise ValueError(
             f"data.vocab_size={vocab_size} is too small: data.tokenizer={name!r} has "

@@ -67,8 +67,8 @@ def with_plain_path(override: str) -> str:
     """The override, its value quoted where it is a path that Hydra's grammar cannot read."""
     if not override.strip():
         raise ValueError(
-            f"{override!r} is no option: write key=value. An empty word is often a variable of the "
-            "shell that is not set"
+            f"{override!r} is not an option: write key=value. An empty word is often a variable of "
+            "the shell that is not set"
         )
     key, _, value = override.partition("=")
     if key not in PATHS:

@@ -22,7 +22,7 @@ from runs.trained import Trained
 
 CODE = Path(modeling_nsa.__file__)  # travels with the weights
 WEIGHTS = "model.safetensors"
-NOT_SIZES = ("name", "weights")  # of a model's config: what is no argument of Transformer
+NOT_SIZES = ("name", "weights")  # in a model's config, but not arguments of Transformer
 
 
 def export(trained: Trained, folder: Path) -> None:

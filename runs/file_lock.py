@@ -45,7 +45,7 @@ class NamedLock:
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="flock not supported"
-            )  # whoever waits says it
+            )  # the process that waits says so
             self._lock.acquire(timeout=patience)
         if not isinstance(self._lock, SoftFileLock):  # that one names its holder itself
             self.path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")

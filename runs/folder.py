@@ -48,7 +48,7 @@ def step_of(checkpoint: Path) -> int:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return int(content["global_step"])
-    except Exception:  # however it is broken: whoever reads it next says so
+    except Exception:  # however it is broken: the next one to read it says so
         return -1
 
 

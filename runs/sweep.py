@@ -86,7 +86,7 @@ def beside_others() -> Iterator[None]:
 class NumberedLines(io.TextIOBase):
     """A stream that passes whole lines on to another one, each behind a job's number.
 
-    It is no terminal, so that nobody draws a bar on it.
+    It does not count as a terminal, so that nobody draws a bar on it.
     """
 
     def __init__(self, number: int, stream: TextIO) -> None:

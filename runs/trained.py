@@ -42,7 +42,7 @@ def load(path: Path, *, backend: str = "auto") -> Trained:
         backend: of its attention; it may differ from the one that trained it.
 
     Raises:
-        ValueError: if it is damaged, or is no checkpoint of this project.
+        ValueError: if it is damaged, or is not a checkpoint of this project.
     """
     content = checkpoints.check(path)
     settings = content["hyper_parameters"]

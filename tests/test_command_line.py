@@ -155,7 +155,7 @@ def test_a_refused_run_leaves_no_folder(folder: Path) -> None:
         (["run_dir=x", "--run", "model.dim=a"], "model.dim=a must be a whole number"),
         (["run_dir=x", "--multirun"], "run_dir=x and -m: a sweep"),
         (["run_dir=x", "--experimental-rerun", "nope.pickle"], "nope.pickle does not exist"),
-        (["", "seed=1"], "'' is no option: write key=value"),
+        (["", "seed=1"], "'' is not an option: write key=value"),
     ],
     ids=" ".join,
 )

@@ -235,7 +235,7 @@ def test_the_end_of_text_can_be_named_and_must_be_known(
         hf(tokenizer=str(path), vocab_size=350)
     module = hf(tokenizer=str(path), vocab_size=350, eot_token="<end>")
     assert module.decode([module.tokenizer.eot]) == "<end>"
-    with pytest.raises(ValueError, match=r"eot_token='<stop>' is no token of"):
+    with pytest.raises(ValueError, match=r"eot_token='<stop>' is not a token of"):
         hf(tokenizer=str(path), vocab_size=350, eot_token="<stop>")
 
 

@@ -100,7 +100,7 @@ def test_a_foreign_folder_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"index\.json .* was made from .*'numbers'.*'letters'"):
         prepare_shards(folder, {"corpus": "letters"}, build)
     (folder / "index.json").write_text(json.dumps({"format": "something else"}))
-    with pytest.raises(ValueError, match=r"index\.json .* no index of format"):
+    with pytest.raises(ValueError, match=r"index\.json .* not an index of format"):
         open_shards(folder)
 
 

@@ -163,7 +163,7 @@ def test_an_encrypted_zip_is_refused_by_name(tmp_path: Path) -> None:
 )
 def test_a_container_is_no_text(tmp_path: Path, name: str, content: bytes, way: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"data\.paths: .*{name} is no text file: .*{way}"):
+    with pytest.raises(ValueError, match=rf"data\.paths: .*{name} is not a text file: .*{way}"):
         plain_text.check_text("data.paths", tmp_path / name)
 
 

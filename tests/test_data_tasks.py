@@ -1,4 +1,4 @@
-"""Tasks: solved by whoever reads the evidence, a matter of chance for whoever does not."""
+"""Tasks: whoever reads the evidence solves them, and whoever does not can only guess."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Which part may import which: the arrows point down, and this file keeps them so."""
+"""Which module may import which: the arrows point down, and this file keeps them so."""
 
 import ast
 import subprocess
@@ -10,9 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STACK = {"lightning", "hydra", "omegaconf", "wandb", "datasets", "transformers", "tokenizers"}
+DOORS = ("train", "generate", "export")
 FLOORS = (  # from the roof down: a module imports lower floors and its own package
     ("benchmarks",),
-    ("train", "generate", "export"),
+    DOORS,
     ("runs",),
     ("callbacks", "data", "nsa.training"),
     ("nsa",),
@@ -93,6 +94,10 @@ def test_nothing_is_imported_from_above(name: str) -> None:
         if other != "nsa":  # the package that `from nsa import ops` names too
             below, other_part = row(other)
             assert below > floor or other_part == part, f"{name} imports {other}"
+
+
+def test_the_root_holds_doors_alone() -> None:
+    assert {name for name, path in MODULES.items() if len(path.parts) == 1} <= set(DOORS)
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:

@@ -29,7 +29,7 @@ def with_tile(
 ) -> Result:
     """launch(tile), which may be called several times: it allocates what it writes.
 
-    `then` is called once, in its stead, where the result goes onto something that is there.
+    `then`, where given, makes the result: called once, so it may add to arrays that exist.
     """
     return (then or launch)(choose(problem, launch))
 

@@ -29,7 +29,7 @@ from nsa.kernels.tile_order.membership import membership
 from nsa.kernels.tile_order.op import Mask, attend_tiles, gradients
 
 ROWS = 32  # rows (token, head) a program takes
-SMALLEST_GATE = tl.constexpr(1e-30)  # below it a branch has no gradient; ln 0 is no number
+SMALLEST_GATE = tl.constexpr(1e-30)  # below it a branch has no gradient; ln 0 is not finite
 
 
 @jit

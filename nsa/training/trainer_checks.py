@@ -32,7 +32,7 @@ def check_length(trainer: L.Trainer) -> None:
     if trainer.max_steps < 1:
         raise ValueError(
             f"trainer.max_steps={trainer.max_steps}: the schedule needs to know how long the "
-            "run is; set it, and trainer.max_time too if time shall end the run"
+            "run is; set it, and also trainer.max_time if a time limit is to end the run"
         )
 
 
