@@ -115,9 +115,6 @@ def in_thousands(tokens: float) -> str:
     return f"{tokens / 1024:.3g}k"
 
 
-# ---- the table ------------------------------------------------------------
-
-
 def report(rows: Rows, date: str, docs: Path) -> str:
     """The run's speed-ups as text, after drawing its pictures where it has the baseline."""
     run = of_run(rows, date)
