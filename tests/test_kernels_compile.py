@@ -39,7 +39,7 @@ def test_kernels_compile(target, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     some = ["select_kernel"]
     if "select" not in target:
-        some += ["attend_dkv_kernel", "merge_kernel", "sum_parts_kernel", "weigh_kernel"]
+        some += ["attend_dkv_kernel", "merge_kernel", "sum_partials_kernel", "weigh_kernel"]
     assert all(name in run.stdout for name in some), run.stdout
 
 
