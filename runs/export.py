@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from data.tokenizer import TOKENIZER_FILE, AnyTokenizer, ByteTokenizer
+from data.tokenizer import TOKENIZER_FILE, AnyTokenizer, ByteTokenizer, SubwordTokenizer
+from nsa.transformer import Transformer
 from runs import record
 from runs.folder import write_text
 from runs.hub import modeling_nsa
@@ -134,6 +135,26 @@ def provenance(run: Path | None) -> list[str]:
     known = {name: value for name, value in result.items() if name.startswith(("val_", "test_"))}
     figures = [f"{name} {value:.4f}" for name, value in known.items() if value is not None]
     return [*lines, "- " + ", ".join([f"{result['steps']:,} steps", *figures])]
+
+
+def load(folder: Path, *, backend: str = "auto") -> Trained:
+    """The model of an exported folder, on the CPU; its run is unknown.
+
+    Raises:
+        ValueError: if a file is missing or broken.
+    """
+    try:
+        config = NSATransformerConfig.from_pretrained(folder)
+        read = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except Exception as error:  # of either library
+        raise ValueError(f"ckpt={folder}: it cannot be read ({error})") from error
+    sizes: dict[str, Any] = config.transformer
+    sizes = sizes | {"attention": {**sizes["attention"], "backend": backend}}
+    is_bytes = read.get_vocab() == byte_tokenizer().get_vocab()
+    tokenizer = ByteTokenizer() if is_bytes else SubwordTokenizer(read, config.eos_token_id)
+    model = Transformer(**sizes).eval()
+    load_weights(model, folder, tokenizer)
+    return Trained(model, tokenizer, {"name": folder.name} | sizes, folder, None)
 
 
 def load_weights(model: nn.Module, folder: Path, tokenizer: AnyTokenizer) -> None:

@@ -1,0 +1,321 @@
+"""The parts of an evaluation, each a function of a `Scorer` that gives what evaluate.json keeps."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from data.base import TokenDataModule
+from data.metrics import ACCURACY
+from data.sampler import EvalWindows
+from data.tasks.datamodule import RecallDataModule
+from nsa import blocks
+from nsa.attention import SparseAttention
+from nsa.training.lightning_module import NOT_SCORED, label_sums
+from nsa.transformer import Transformer
+
+BRANCHES = ("compressed", "selected", "sliding")
+SELECTIONS = ("learned", "oracle", "random")
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHORTEST = 64  # tokens of a text with a passkey
+Window = dict[str, Tensor]  # tokens [T + 1], and scored [T] where not all labels count
+
+
+class Scorer:
+    """A model on its device, a split of its corpus, and how both are read.
+
+    Args:
+        model, corpus: as loaded.
+        options: those of evaluate.py.
+        window: T, labels in a window.
+    """
+
+    def __init__(
+        self, model: Transformer, corpus: TokenDataModule, options: Any, window: int
+    ) -> None:
+        self.model, self.corpus, self.options, self.window = model.eval(), corpus, options, window
+        self.device = model.embedding.weight.device
+        self.metric = corpus.metric
+        self.layers = {
+            index: block.attention
+            for index, block in enumerate(model.blocks)
+            if isinstance(block.attention, SparseAttention)
+        }
+
+    def protocol(self, device: torch.device) -> dict[str, Any]:
+        """How everything is scored."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {
+            "corpus": self.corpus.name,
+            "split": self.options.split,
+            "metric": self.metric.name,
+            "window": self.window,
+            "max_tokens": self.options.max_tokens,
+            "precision": self.options.precision,
+            "device": name,
+        }
+
+    def autocast(self) -> torch.autocast:
+        mixed = self.options.precision == "bf16-mixed"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
+
+    @torch.no_grad()
+    def score(self, windows: Sequence[Window], about: str, batch: int | None = None) -> float:
+        """The metric over all scored labels of some windows."""
+        totals = torch.zeros(3, dtype=torch.float64)
+        for each in self.batches(windows, about, batch):
+            with self.autocast():
+                sums = label_sums(
+                    self.model, each["tokens"], each.get("scored"), counts_correct=True
+                )
+            totals += torch.stack([part.double().cpu() for part in sums if part is not None])
+        nats, labels, correct = totals.tolist()
+        per_token = self.corpus.bytes_per_token(self.options.split)
+        return self.metric.of(nats / labels, correct / labels, per_token)
+
+    def batches(
+        self, windows: Sequence[Window], about: str, batch: int | None = None
+    ) -> Iterator[Window]:
+        """Windows side by side on the device; progress on stderr."""
+        size = batch or self.options.batch
+        starts = range(0, len(windows), size)
+        for start in tqdm(starts, about, leave=False, file=sys.stderr, unit="batch"):
+            stop = min(start + size, len(windows))
+            each = default_collate([windows[number] for number in range(start, stop)])
+            yield {name: array.to(self.device) for name, array in each.items()}
+
+    def split(self) -> Sequence[Window]:
+        """The windows of the split, side by side."""
+        name = self.options.split
+        if isinstance(self.corpus, RecallDataModule):
+            return windows_of(self.corpus, name)
+        return EvalWindows(self.corpus.splits[name], self.window, self.options.max_tokens)  # type: ignore
+
+    def sample(self) -> list[Window]:
+        """`sample_windows` windows, evenly spread; the last one, which may be short, if all are."""
+        windows = self.split()
+        count = min(self.options.sample_windows, len(windows))
+        return [windows[number * len(windows) // count] for number in range(count)]
+
+    def value(self, nats: float) -> float:
+        """Nats a label in the metric of text."""
+        return self.metric.of(nats, None, self.corpus.bytes_per_token(self.options.split))
+
+
+def windows_of(task: RecallDataModule, split: str) -> Sequence[Window]:
+    """Of validation or test; training is endless."""
+    loader = task.val_dataloader() if split == "val" else task.test_dataloader()
+    return loader.dataset  # type: ignore[return-value]
+
+
+# The parts
+
+
+def bits_per_byte(scorer: Scorer) -> dict[str, Any]:
+    """The whole split twice: windows side by side, and sliding by a stride.
+
+    Sliding, each label but those of the first window sees at least window - stride tokens before
+    it. Every token but the first is a label exactly once, both ways.
+    """
+    stride = scorer.options.stride or max(1, scorer.window // 2)
+    return {
+        name: {"window": scorer.window, "stride": step} | sliding(scorer, step, name)
+        for name, step in (("side_by_side", scorer.window), ("sliding", stride))
+    }
+
+
+def sliding(scorer: Scorer, stride: int, about: str) -> dict[str, Any]:
+    windows: Any = SlidingWindows(scorer, stride)
+    return {"labels": windows.num_tokens - 1, scorer.metric.name: scorer.score(windows, about)}
+
+
+class SlidingWindows:
+    """Window number -> tokens from number·stride on; all but the first score their last labels."""
+
+    def __init__(self, scorer: Scorer, stride: int) -> None:
+        split, limit = scorer.corpus.splits[scorer.options.split], scorer.options.max_tokens
+        self.split, self.window, self.stride = split, scorer.window, stride
+        self.num_tokens = len(split) if limit is None else min(limit, len(split))
+
+    def __len__(self) -> int:
+        beyond_first = self.num_tokens - 1 - self.window
+        return 1 + max(0, -(-beyond_first // self.stride))
+
+    def __getitem__(self, number: int) -> Window:
+        start = number * self.stride
+        read = self.split.read(start, min(start + self.window + 1, self.num_tokens))
+        tokens = torch.full((self.window + 1,), NOT_SCORED)
+        tokens[: len(read)] = torch.from_numpy(read)
+        first = self.window - self.stride if number else 0
+        return {"tokens": tokens, "scored": torch.arange(self.window) >= first}
+
+
+@torch.no_grad()
+def by_position(scorer: Scorer) -> dict[str, Any]:
+    """Windows side by side; labels that see 1, 2, 3 to 4, 5 to 8, … tokens."""
+    nats = torch.zeros(scorer.window, dtype=torch.float64)
+    labels = torch.zeros(scorer.window, dtype=torch.float64)
+    for each in scorer.batches(scorer.split(), "positions"):
+        tokens = each["tokens"]
+        with scorer.autocast():
+            logits = scorer.model(tokens[:, :-1].clamp(min=0))
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), tokens[:, 1:].flatten(),
+            ignore_index=NOT_SCORED, reduction="none",
+        ).view_as(tokens[:, 1:])  # fmt: skip
+        nats += losses.double().sum(0).cpu()
+        labels += (tokens[:, 1:] != NOT_SCORED).sum(0).cpu()
+    rows = []
+    ends = [0, 1]
+    while ends[-1] < scorer.window:
+        ends.append(min(2 * ends[-1], scorer.window))
+    for begin, end in pairwise(ends):
+        if count := int(labels[begin:end].sum()):
+            value = scorer.value(float(nats[begin:end].sum()) / count)
+            row = {"first": begin + 1, "last": end, "labels": count}
+            rows.append(row | {scorer.metric.name: value})
+    return {"rows": rows}
+
+
+def knockouts(scorer: Scorer) -> dict[str, Any]:
+    """Each branch without its say, in all layers (layer None) and in one layer at a time."""
+    windows, name = scorer.sample(), scorer.metric.name
+    whole = scorer.score(windows, "knockouts")
+    rows = []
+    for layer in (None, *scorer.layers):
+        for branch in BRANCHES:
+            chosen = [scorer.layers[layer]] if layer is not None else [*scorer.layers.values()]
+            with gate_at_zero(chosen, BRANCHES.index(branch)):
+                value = scorer.score(windows, f"without {branch}")
+            row = {"layer": layer, "branch": branch, name: value, "change": value - whole}
+            rows.append(row)
+    return {"windows": len(windows), name: whole, "rows": rows}
+
+
+@contextmanager
+def gate_at_zero(layers: list[SparseAttention], branch: int) -> Iterator[None]:
+    """Layers whose gates of one branch are exactly 0."""
+
+    def silence(module: torch.nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+        silent = logits.clone()
+        silent[..., branch :: len(BRANCHES)] = float("-inf")
+        return silent
+
+    handles = [layer.to_gates.register_forward_hook(silence) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def selection(scorer: Scorer) -> dict[str, Any]:
+    """All NSA layers with another n, their blocks chosen by scores, by an oracle, by chance.
+
+    The oracle keeps the blocks that hold most of dense attention's mass; it scores every query
+    against every key, one sequence at a time.
+    """
+    windows, name = scorer.sample(), scorer.metric.name
+    rows = []
+    for n in scorer.options.n or numbers_to_try(scorer):
+        for control in SELECTIONS:
+            with selecting(scorer.layers.values(), n, control):
+                batch = 1 if control == "oracle" else None
+                value = scorer.score(windows, f"n={n} {control}", batch)
+            rows.append({"n": n, "selection": control, name: value})
+    trained = sorted({layer.cfg.num_selected_blocks for layer in scorer.layers.values()})
+    return {"windows": len(windows), "trained_n": trained, "rows": rows}
+
+
+def numbers_to_try(scorer: Scorer) -> list[int]:
+    """The forced blocks alone, half of training's n, n, and its doubles up to all blocks."""
+    cfg = max((layer.cfg for layer in scorer.layers.values()), key=lambda c: c.num_selected_blocks)
+    every = blocks.num_selection_blocks(scorer.window, cfg)
+    n = cfg.num_selected_blocks
+    tried = {cfg.num_initial_blocks + cfg.num_local_blocks, n // 2, n, every}
+    while n < every:
+        tried.add(n)
+        n *= 2
+    return sorted(count for count in tried if 0 < count <= every)
+
+
+@contextmanager
+def selecting(layers: Any, n: int, control: str) -> Iterator[None]:
+    """Layers that select with another n, and by a control of `nsa.selection`."""
+    before = [(layer, layer.cfg, layer.selection) for layer in layers]
+    try:
+        for layer, cfg, _ in before:
+            if cfg.num_selected_blocks:
+                layer.cfg, layer.selection = replace(cfg, num_selected_blocks=n), control
+        yield
+    finally:
+        for layer, cfg, was in before:
+            layer.cfg, layer.selection = cfg, was
+
+
+def passkey(scorer: Scorer) -> dict[str, Any]:
+    """A number hidden in text at some depth: the share of its digits that the model finds likeliest
+    when asked at the end, and of numbers that are right in every digit.
+    """
+    lengths = [scorer.window]
+    while lengths[0] // 2 >= SHORTEST and len(lengths) < 5:
+        lengths.insert(0, lengths[0] // 2)
+    rows = []
+    for length in lengths:
+        for depth in DEPTHS:
+            accuracy, whole = found(scorer, passkey_windows(length, depth, scorer.options.passkeys))
+            rows.append({"length": length, "depth": depth, "accuracy": accuracy, "whole": whole})
+    mean = sum(row["accuracy"] for row in rows) / len(rows)
+    return {"texts": scorer.options.passkeys, "accuracy": mean, "rows": rows}
+
+
+def passkey_windows(length: int, depth: float, count: int) -> list[Window]:
+    """Texts of the test split, each with its number."""
+    task = RecallDataModule(
+        name="passkey", task="passkey", seq_len=length, needle_depth=depth, micro_batch_size=1,
+        vocab_size=256, num_facts=1, num_questions=1, facts_per_cluster=1, min_distance=0,
+        block_size=16, offset=None, grow_samples=0, val_sequences=1, test_sequences=count,
+    )  # fmt: skip
+    task.prepare_data()
+    task.setup()
+    windows = windows_of(task, "test")
+    return [windows[number] for number in range(count)]
+
+
+@torch.no_grad()
+def found(scorer: Scorer, windows: Sequence[Window]) -> tuple[float, float]:
+    """The share of asked labels that the model finds likeliest, and of windows without a miss."""
+    right: list[Tensor] = []
+    for each in scorer.batches(windows, f"{len(windows[0]['tokens']) - 1} tokens"):
+        with scorer.autocast():
+            logits = scorer.model(each["tokens"][:, :-1].clamp(min=0))
+        hit = logits.argmax(-1) == each["tokens"][:, 1:]
+        right += [row[asked].cpu() for row, asked in zip(hit, each["scored"], strict=True)]
+    whole = [float(row.all()) for row in right]
+    return torch.cat(right).float().mean().item(), sum(whole) / len(whole)
+
+
+def recall(scorer: Scorer) -> dict[str, Any]:
+    """Accuracy on the labels that the corpus asks for."""
+    windows = scorer.split()
+    accuracy, whole = found(scorer, windows)
+    name = ACCURACY.name
+    return {"windows": len(windows), name: accuracy, "whole": whole}
+
+
+PARTS: dict[str, Callable[[Scorer], dict[str, Any]]] = {
+    "bpb": bits_per_byte,
+    "positions": by_position,
+    "knockouts": knockouts,
+    "selection": selection,
+    "passkey": passkey,
+    "recall": recall,
+}
