@@ -16,8 +16,9 @@ from data.tasks.datamodule import RecallDataModule
 from data.tokenizer import ByteTokenizer
 from nsa.attention import SparseAttention
 from runs import command_line, evaluation_plot, export, record, trained
-from runs.evaluation_parts import PARTS, Scorer
+from runs.evaluation_parts import PARTS
 from runs.folder import replacing, write_text
+from runs.scorer import Scorer
 from runs.trained import Trained
 
 Options = Any  # evaluate.Options: the door is above this room

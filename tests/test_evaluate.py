@@ -18,16 +18,23 @@ import evaluate
 import export
 from callbacks.csv_logger import read_rows
 from runs import evaluation, evaluation_parts, trained
-from runs.evaluation_parts import Scorer, SlidingWindows, passkey_windows
+from runs.evaluation_parts import passkey_windows
+from runs.scorer import Scorer, SlidingWindows
 
 ROOT = Path(__file__).parents[1]
 SEQ_LEN = 64
-OWN = ["callbacks=attention_probe", "attention=tiny", "trainer.limit_test_batches=1.0"]
-WITHOUT_TORCH = """
+OWN = [
+    "callbacks=attention_probe", "attention=tiny", "attention.selection_block_size=8",
+    "trainer.limit_test_batches=1.0",
+]  # fmt: skip
+HELP = """
 import runpy, sys
-sys.modules |= dict.fromkeys(("torch", "lightning", "transformers", "matplotlib"))
-sys.argv = ["evaluate.py", *sys.argv[1:]]
-runpy.run_path("evaluate.py", run_name="__main__")
+sys.argv = ["evaluate.py", "--help"]
+try:
+    runpy.run_path("evaluate.py", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+assert not {"torch", "lightning", "matplotlib"} & set(sys.modules)
 """
 
 
@@ -104,7 +111,7 @@ def test_sliding_windows_score_every_label_once(folder: Path, stride, limit) -> 
 
 
 def test_knockouts_and_selection(folder: Path) -> None:
-    found = evaluated(folder, "what=knockouts,selection", "sample_windows=3", "n=1,4")
+    found = evaluated(folder, "what=knockouts,selection", "sample_windows=3", "n=1,4,8")
     rows = found["knockouts"]["rows"]
     assert [(r["layer"], r["branch"]) for r in rows[::3]] == [
         (None, "compressed"), (0, "compressed"), (1, "compressed"),
@@ -117,9 +124,10 @@ def test_knockouts_and_selection(folder: Path) -> None:
         gates.weight[2::3], gates.bias[2::3] = 0.0, -1e9
     assert own.score(own.sample(), "") == pytest.approx(rows[8]["bpb"], abs=1e-6)
     by = {(row["n"], row["selection"]): row["bpb"] for row in found["selection"]["rows"]}
-    assert len(by) == 6 and found["selection"]["trained_n"] == [4]
+    assert len(by) == 9 and found["selection"]["trained_n"] == [4]
     assert by[4, "learned"] == pytest.approx(found["knockouts"]["bpb"], abs=1e-6)
-    assert by[4, "learned"] == pytest.approx(by[4, "oracle"], abs=1e-6)  # all there are
+    assert by[8, "learned"] == pytest.approx(by[8, "oracle"], abs=1e-6)  # all there are
+    assert len({by[4, control] for control in evaluation_parts.SELECTIONS}) == 3
     assert by[1, "learned"] != pytest.approx(by[4, "learned"], abs=1e-7)
     for picture in ("knockouts.png", "selection.png"):
         assert (folder / "evaluated" / picture).stat().st_size > 5_000
@@ -137,7 +145,7 @@ def test_layers_are_left_as_they_were(folder: Path) -> None:
         pass
     assert [(layer.cfg, layer.selection) for layer in layers] == before
     assert not any(layer.to_gates._forward_hooks for layer in layers)
-    assert evaluation_parts.numbers_to_try(own) == [2, 3, 4]
+    assert evaluation_parts.numbers_to_try(own) == [2, 3, 4, 8]
 
 
 def test_passkey_and_recall(folder: Path) -> None:
@@ -171,7 +179,8 @@ def test_an_exported_folder_scores_the_same(folder: Path) -> None:
     own = evaluated(folder, *words)
     paths = f"data.paths=[{folder / 'text.txt'}]"
     exported = evaluated(folder, *words, "data=text", paths, ckpt="out")
-    assert exported["bpb"] == pytest.approx(own["bpb"])
+    for name, figures in own["bpb"].items():
+        assert exported["bpb"][name] == pytest.approx(figures)
 
 
 def test_mixed_precision_changes_little(folder: Path) -> None:
@@ -219,7 +228,7 @@ def test_what_cannot_be_had_is_refused_before_work(folder: Path, tmp_path: Path)
 
 
 def test_help_needs_no_torch() -> None:
-    command = [sys.executable, "-c", WITHOUT_TORCH, "--help"]
+    command = [sys.executable, "-c", HELP]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert all(part in done.stdout for part in evaluate.PARTS)
