@@ -14,7 +14,7 @@ from data.metrics import ACCURACY
 from data.tasks.datamodule import RecallDataModule
 from nsa import blocks
 from nsa.attention import SparseAttention
-from nsa.training.lightning_module import NOT_SCORED
+from nsa.training.label_sums import NOT_SCORED
 from runs.scorer import Scorer, SlidingWindows, Window, windows_of
 
 BRANCHES = ("compressed", "selected", "sliding")

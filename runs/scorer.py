@@ -16,7 +16,7 @@ from data.base import TokenDataModule
 from data.sampler import EvalWindows
 from data.tasks.datamodule import RecallDataModule
 from nsa.attention import SparseAttention
-from nsa.training.lightning_module import NOT_SCORED, label_sums
+from nsa.training.label_sums import NOT_SCORED, label_sums
 from nsa.transformer import Transformer
 
 Window = dict[str, Tensor]  # tokens [T + 1], and scored [T] where not all labels count
