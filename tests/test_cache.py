@@ -207,3 +207,13 @@ def test_triton_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         at = cache.positions(size)
         got = fast(x[row, at].float(), cache=cache)
         torch.testing.assert_close(got.double(), want[row, at], atol=2e-5, rtol=2e-5)
+
+
+def test_triton_without_compressed_output() -> None:
+    """The token that ends a block, of a layer that keeps no compressed values."""
+    x, options = tokens(1, 10).to(DEVICE), OPTIONS["no_output"]
+    exact = sparse(**options).to(DEVICE)
+    fast = sparse(backend="triton", **options).float().to(DEVICE)
+    _, cache = fast(x[:, :9].float(), return_cache=True)
+    got = fast(x[:, 9:].float(), cache=cache)
+    torch.testing.assert_close(got.double(), exact(x)[:, 9:], atol=2e-5, rtol=2e-5)
