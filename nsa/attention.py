@@ -270,7 +270,8 @@ class SparseAttention(ProjectingLayer):
         windows = torch.empty(shape, device="meta")
         with FlopCounterMode(display=False) as counter:
             for phi in (compressor.network for compressor in self._compressors):
-                blank = {k: torch.empty_like(p, device="meta") for k, p in phi.named_parameters()}
+                sizes = {name: p.shape for name, p in phi.named_parameters()}  # p may be sharded
+                blank = {name: torch.empty(sizes[name], device="meta") for name in sizes}
                 functional_call(phi, blank, windows)
         return float(counter.get_total_flops()) * blocks.num_compress_blocks(num_tokens, self.cfg)
 

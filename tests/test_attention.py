@@ -508,3 +508,12 @@ def test_it_trains_on_a_gpu_in_bfloat16(backend: str) -> None:
     judge.backend = "reference"
     want = judge(tokens.double().cpu())
     torch.testing.assert_close(attn(tokens).double().cpu(), want, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("phi", [AttentionPool(D, 6), MeanPool()])
+def test_flops_of_compression_are_counted_without_an_op(phi: nn.Module, monkeypatch) -> None:
+    """Kernels take no meta tensors."""
+    attn = build(compress_mlp=phi)
+    for op in ("attention_pool", "block_means"):
+        monkeypatch.setattr(f"nsa.ops.{op}", None)
+    assert (attn.compress_flops(24) > 0) == isinstance(phi, AttentionPool)
