@@ -124,6 +124,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     """The trainer with its callbacks and loggers."""
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
+    logging.getLogger("lightning").handlers.clear()  # the root logger prints what it would
     notices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     notices.setLevel(logging.WARNING)  # the summary tells what they tell
     trainer = instantiate(

@@ -7,12 +7,20 @@ import torch
 
 pytest.importorskip("triton")
 
+import conftest
 import kernel_cases
 
 
 def test_unmarked_tests_see_no_gpu():
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and os.environ["TRITON_INTERPRET"] == "1"
     assert not torch.cuda.is_available()
+
+
+def test_unmarked_tests_interpret_kernels_on_any_machine(monkeypatch, pytestconfig):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    conftest.pytest_configure(pytestconfig)
+    assert os.environ["TRITON_INTERPRET"] == "1"
 
 
 def test_a_check_that_raises_is_a_failure(monkeypatch, capsys):
