@@ -115,6 +115,35 @@ def test_phi_of_the_presets_is_under_three_percent(size: str) -> None:
     assert model.num_params == pytest.approx(expected, rel=0.1)
 
 
+ARMS = {
+    "dense": (["dense"], "learned"),
+    "dense_gated": (["dense"], "learned"),
+    "window": (["window"], "learned"),
+    "nsa": (["nsa"], "learned"),
+    "random": (["nsa"], "random"),
+    "oracle": (["nsa"], "oracle"),
+    "none": (["nsa"], "none"),
+}
+
+
+def test_arms_of_a_comparison_differ_in_their_layers_or_their_selection() -> None:
+    assert options("arm") == sorted(ARMS)
+    for arm, (pattern, selection) in ARMS.items():
+        model = plain(composed("experiment=recall_scattered", f"arm={arm}").model)
+        assert model["layer_pattern"] == pattern
+        assert model["attention"]["selection"] == selection
+        assert model["dense_output_gate"] == (arm == "dense_gated")
+
+
+@pytest.mark.parametrize("name", [name for name in options("experiment") if "recall" in name])
+def test_windows_of_a_recall_experiment_cannot_hand_the_answer_on(name: str) -> None:
+    cfg = composed(f"experiment={name}")
+    assert cfg.data.min_distance > cfg.model.depth * (cfg.attention.sliding_window_size - 1)
+    assert cfg.attention.num_selected_blocks * cfg.attention.selection_block_size < (
+        0.2 * cfg.model.seq_len
+    )
+
+
 def nodes_with_target(node: object, path: str = "") -> list[tuple[str, dict]]:
     if not isinstance(node, dict):
         return []
