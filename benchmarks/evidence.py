@@ -121,9 +121,9 @@ def command(job: Job, asked: argparse.Namespace) -> list[str]:
 
 
 def finished(job: Job) -> bool:
-    """Whether the run has a result, and no error for one."""
+    """Whether the run has a result, and not an error instead."""
     path = job.folder / "result.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["error"] is None
+    return path.is_file() and "error" not in json.loads(path.read_text())
 
 
 def run(job: Job, asked: argparse.Namespace) -> bool:

@@ -46,7 +46,7 @@ def validations(job: Any) -> list[Row]:
     if not (result_file.is_file() and metrics.is_file()):
         return []
     result = json.loads(result_file.read_text(encoding="utf-8"))
-    if result.get("error") is not None:
+    if "error" in result:
         return []
     name = result["metric"]
     known = {"arm": job.arm, "seed": job.seed, "lr": f"{job.lr:g}", "metric": name}
