@@ -32,6 +32,7 @@ from nsa.kernels.registration import custom_op, register_autograd, register_fake
 
 NUMBERS = 4096  # of the tokens that a program holds at once, or a whole block
 LARGEST = 8192  # numbers of a block, padded: what a program holds
+HEAVIEST = 2**17  # bytes of W, padded
 PROGRAMS = 2  # a multiprocessor, that share the parameters' gradients
 
 
@@ -195,6 +196,11 @@ def num_warps(width: int) -> int:
     return 8 if width > 64 else 4
 
 
+def fits_a_program(size: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether a block's tokens, and W, are small enough for a program to hold."""
+    return power_of_2(size) * width <= LARGEST and width**2 * dtype.itemsize <= HEAVIEST
+
+
 @custom_op
 def attention_pool_op(
     x: Tensor, weight: Tensor, scores: Tensor, positions: Tensor | None, stride: int
@@ -293,10 +299,10 @@ def attention_pool(
     positions: Float[Tensor, "G l D"] | None,
     cfg: NSAConfig,
 ) -> Float[Tensor, "B C G D"]:
-    """See `reference.attention_pool`. Blocks of more than LARGEST numbers are PyTorch's."""
-    if power_of_2(cfg.compress_block_size) * padded(x.shape[3]) > LARGEST:
-        return pooling.attention_pool(x, to_scores, position_scores, positions, cfg)
+    """See `reference.attention_pool`. What a program cannot hold is left to PyTorch."""
     x = x.to(operands(x[:0])[0].dtype)  # without a copy: heads may lie apart, features may not
+    if not fits_a_program(cfg.compress_block_size, padded(x.shape[3]), x.dtype):
+        return pooling.attention_pool(x, to_scores, position_scores, positions, cfg)
     x = x if x.stride(3) == 1 else x.contiguous()
     positions = None if positions is None else positions.contiguous()
     stride = cfg.compress_block_sliding_stride
