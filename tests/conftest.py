@@ -16,6 +16,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import vectorised_interpreter  # late: it imports triton
+
+        vectorised_interpreter.install()
 
 
 @pytest.fixture(autouse=True)

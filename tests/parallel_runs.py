@@ -21,6 +21,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+import vectorised_interpreter
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from test_train import ADAMW, ATTENTION, COSINE, MODEL
@@ -311,6 +312,7 @@ def results(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    vectorised_interpreter.install()
     torch.set_num_threads(1)
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager", fullgraph=True)
     for name in sys.argv[2:] or RUNS:
