@@ -20,27 +20,31 @@ CFG = NSAConfig(
 )  # fmt: skip
 
 
+ALL = {"select_kernel", "attend_dkv_kernel", "merge_kernel", "sum_partials_kernel", "weigh_kernel"}
+SELECT = "--arch 90 --dim 64 --heads 8/2 --kernel select"
+
+
 @pytest.mark.parametrize(
-    "target",
+    ("targets", "names"),
     [
-        "--arch 90 --dim 128",
-        "--arch 80 --dim 64 --heads 8/2",
-        "--arch 90 --dim 64 --heads 8/2 --sizes 8/4/16/2/64 --kernel select",  # few blocks are kept
-        "--arch 90 --dim 64 --heads 8/2 --sizes 8/4/16/32/64 --kernel select",  # and many
+        (["--arch 90 --dim 128 --brief"], ALL),
+        (["--arch 80 --dim 64 --heads 8/2 --brief"], ALL),
+        ([f"{SELECT} --sizes 8/4/16/{n}/64" for n in (2, 32)], {"select_kernel", "registers"}),
     ],
+    ids=["sm_90", "sm_80", "few blocks and many"],
 )
-def test_kernels_compile(target, tmp_path):
+def test_kernels_compile(targets, names, tmp_path):
     """In a process without the interpreter: an interpreted function can't be compiled."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.probes.compile_kernels", *target.split()]
+    program = f"from benchmarks.probes import compile_kernels as probe\nfor words in {targets}:\n"
+    program += "    assert probe.main(words.split()) == 0, words"
     run = subprocess.run(
-        command, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True
-    )
+        [sys.executable, "-c", program],
+        env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    some = ["select_kernel"]
-    if "select" not in target:
-        some += ["attend_dkv_kernel", "merge_kernel", "sum_partials_kernel", "weigh_kernel"]
-    assert all(name in run.stdout for name in some), run.stdout
+    assert run.stdout.count("largest shared memory") == len(targets)
+    assert all(name in run.stdout for name in names), run.stdout
 
 
 def test_no_kernel_has_text_for_a_default():

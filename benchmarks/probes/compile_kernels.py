@@ -4,10 +4,10 @@
 
 Launchers run on CPU tensors with the launch replaced by a compilation, so what is compiled is what
 would be launched, tile table and all; with --candidates also every other tile worth timing.
-Columns: registers a thread; bytes of stack, which hold what was spilled; bytes of shared memory; of
-the largest loop with matrix products its instructions, those that spill or fetch what was spilled,
-and those that wait for a product (as many as there are products: they run one by one); the matrix
-instruction. Must run without TRITON_INTERPRET.
+Columns: bytes of shared memory; the matrix instruction; and, but for --brief, registers a thread;
+bytes of stack, which hold what was spilled; of the largest loop with matrix products its
+instructions, those that spill or fetch what was spilled, and those that wait for a product (as many
+as there are products: they run one by one). Must run without TRITON_INTERPRET.
 """
 
 import argparse
@@ -137,6 +137,12 @@ def loop_costs(compiled) -> str:
     )
 
 
+def assembled(compiled) -> str:
+    """What the assembler made of a kernel: `resources` and `loop_costs`."""
+    registers, stack = resources(compiled)
+    return f"registers {registers:3d} stack {stack:4d} {loop_costs(compiled)}"
+
+
 def exercise(
     B: int, T: int, H: int, G: int, D: int, DV: int, dtype: torch.dtype, cfg: NSAConfig
 ) -> None:
@@ -217,6 +223,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--non-causal", action="store_true", help="causal=False")
     parser.add_argument("--candidates", action="store_true", help="all tiles worth timing")
     parser.add_argument("--kernel", default="", help="part of the names of kernels")
+    parser.add_argument("--brief", action="store_true", help="shared memory alone: no disassembly")
     return parser.parse_args(argv)
 
 
@@ -231,15 +238,14 @@ def main(argv: list[str] | None = None) -> int:
 
     def report(name, values, options, compiled):
         nonlocal worst
-        registers, stack = resources(compiled)
         matrix = " ".join(sorted(set(re.findall(MATRIX, compiled.asm["ptx"]))))
         worst = max(worst, compiled.metadata.shared)
         variant = values.get("MASK", "gates" if values.get("GATES") else "")
         tile = "x".join(str(values[key]) for key in ("ROWS", "KEYS") if key in values)
         print(
             f"{name:22s}{variant:7s}{tile:8s}warps {options.get('num_warps')} "
-            f"stages {options.get('num_stages', '-')} registers {registers:3d} stack {stack:4d} "
-            f"shared {compiled.metadata.shared:6d} {loop_costs(compiled)} {matrix}",
+            f"stages {options.get('num_stages', '-')} shared {compiled.metadata.shared:6d} "
+            f"{matrix} {'' if args.brief else assembled(compiled)}",
             flush=True,
         )
 
