@@ -6,7 +6,7 @@ from kernel_inputs import random
 
 from nsa import kernels, pooling, reference
 from nsa.config import NSAConfig
-from nsa.kernels import attention_pooling
+from nsa.kernels.attention_pooling import op as attention_pooling
 from nsa.testing import assert_no_worse
 
 

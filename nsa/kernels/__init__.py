@@ -5,7 +5,7 @@ interpreter (TRITON_INTERPRET=1, float32).
 """
 
 from nsa.kernels.append import append_block, append_token
-from nsa.kernels.attention_pooling import attention_pool
+from nsa.kernels.attention_pooling.op import attention_pool
 from nsa.kernels.combine import combine
 from nsa.kernels.compressed import compressed_attention
 from nsa.kernels.decode import cached_attention

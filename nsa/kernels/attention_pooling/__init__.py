@@ -1,0 +1,1 @@
+"""Attention pooling, the φ of the presets, as kernels."""
