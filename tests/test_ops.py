@@ -5,9 +5,11 @@ import dataclasses
 import jaxtyping
 import pytest
 import torch
+from torch import nn
 
-from nsa import backends, importance, ops, reference
+from nsa import backends, blocks, importance, ops, reference
 from nsa.backends import resolve_backend
+from nsa.compress_networks import AttentionPool
 from nsa.config import NSAConfig
 
 CFG = NSAConfig(
@@ -51,6 +53,37 @@ def test_torch_and_reference_agree_on_block_means(sizes: tuple[int, int], num_to
     torch.testing.assert_close(want, by_hand)
     upstream = torch.randn_like(want)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream) for y in (got, want)))
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_torch_and_reference_pool_as_the_network_does(positions: bool) -> None:
+    phi = AttentionPool(8, CFG.compress_block_size).double()
+    for parameter in phi.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 41, 2, 8, dtype=torch.float64, requires_grad=True)
+    learned = torch.randn(2, CFG.compress_block_size, 8, dtype=torch.float64, requires_grad=True)
+    given = x, phi.to_scores.weight, phi.position_scores, learned if positions else None, CFG
+    got, want = (ops.attention_pool(*given, backend=name) for name in ("torch", "reference"))
+    windows = blocks.compress_windows(x, CFG)
+    by_hand = phi(windows + learned[:, None] if positions else windows).transpose(1, 2)
+    inputs = [x, *phi.parameters()] + [learned] * positions
+    upstream = torch.randn_like(want)
+    expected = torch.autograd.grad(by_hand, inputs, upstream)
+    for y in (got, want):
+        torch.testing.assert_close(y, by_hand)
+        torch.testing.assert_close(torch.autograd.grad(y, inputs, upstream), expected)
+
+
+def test_pooling_refuses_what_does_not_fit_its_blocks() -> None:
+    x, weight, scores = K, torch.ones(8, 8), torch.ones(CFG.compress_block_size, 8)
+    with pytest.raises(ValueError, match="to_scores has shape"):
+        ops.attention_pool(x, weight[:4], scores, None, CFG)
+    with pytest.raises(ValueError, match="position_scores has shape"):
+        ops.attention_pool(x, weight, scores[1:], None, CFG)
+    with pytest.raises(ValueError, match="positions has shape"):
+        ops.attention_pool(x, weight, scores, torch.ones(3, *scores.shape), CFG)
+    with pytest.raises(ValueError, match="pad them to one"):
+        ops.attention_pool(x[:, :2], weight, scores, None, CFG)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -162,6 +195,7 @@ def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # names are no tensors
     calls = {
         "block_means": (K, CFG),
+        "attention_pool": (K, torch.ones(8, 8), torch.ones(CFG.compress_block_size, 8), None, CFG),
         "compressed_attention": (Q, K_CMP, K_CMP, CFG, None, None),
         "select_blocks": (Q, K_CMP, LSE, CFG, True),
         "selected_importance": (Q, K_CMP, LSE, INDICES, CFG),
