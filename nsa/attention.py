@@ -3,7 +3,7 @@
 Maps tokens [B T M] to tokens [B T M]; M is the model's width, other letters as in `nsa.reference`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from nsa.options import (
     warn_if_phi_is_large,
 )
 from nsa.plugins import Spec
-from nsa.rotary import rotary_angles
+from nsa.rotary import Rotary, find_scaling
 from nsa.selection import check_selection, control_blocks
 from nsa.twins import Attention, WindowAttention
 
@@ -65,6 +65,11 @@ class SparseAttention(ProjectingLayer):
         gate_bias: initial bias of the gate logits: one number, or one each for compressed,
             selected, sliding.
         rope_base: base of the rotary embedding of the selected and sliding branches.
+        rope_scaling: slower rotation for sequences longer than those trained on before: None, or
+            {type: linear, factor: 4}, and so on: see `nsa.rotary.SCALINGS`.
+        qk_norm: RMSNorm over the head dimension of queries, and of each branch's keys. Keys are
+            normed token by token, before φ and before rotation: a compressed key stays small
+            where the keys of its block disagree. Memory keys are learned and not normed.
         selection: who chooses the blocks: "learned", or a control of `nsa.selection`. The oracle
             scores every query against every key: for short sequences.
         selection_seed: of the random selection where the layer does not train. A `Transformer`
@@ -103,6 +108,8 @@ class SparseAttention(ProjectingLayer):
         compressed_output: bool = True,
         gate_bias: float | Sequence[float] = 0.0,
         rope_base: float = 10_000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        qk_norm: bool = False,
         selection: str = "learned",
         selection_seed: int = 0,
     ) -> None:
@@ -125,7 +132,6 @@ class SparseAttention(ProjectingLayer):
         self.use_diff_topk = use_diff_topk and num_selected_blocks > 0
         self.shared_selection = query_heads_share_selected_kv
         self.compressed_output = compressed_output
-        self.rope_base = rope_base
         self.backend = self._resolve_backend(backend, num_compressed_mem_kv)
         phi = compress_mlp
         if phi is None:
@@ -139,9 +145,11 @@ class SparseAttention(ProjectingLayer):
                 num_memories=num_compressed_mem_kv,
             )
 
-        self.kv_layout = kv_layout(kv_per_branch, compressed_output, num_selected_blocks > 0)
-        kv_width = (max(self.kv_layout) + 1) * groups * dim_head
-        self.build_projections(dim, dim_head, heads, groups, kv_width=kv_width, norm=norm)
+        layout = kv_layout(kv_per_branch, compressed_output, num_selected_blocks > 0)
+        rotary = Rotary(dim_head, rope_base, find_scaling(rope_scaling))
+        self.build_projections(
+            dim, heads, groups, rotary, norm=norm, qk_norm=qk_norm, kv_layout=layout
+        )
         self._build_compression(phi, num_compressed_mem_kv)
         self.to_gates = gate_network(dim, heads, gate_bias, strategy_combine_mlp)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
@@ -234,16 +242,15 @@ class SparseAttention(ProjectingLayer):
     def split_heads(self, tokens: Float[Tensor, "B T M"]) -> Heads:
         """Queries, the keys and values of each branch, and gates."""
         tokens = self.norm(tokens)
-        q = self.to_q(tokens).unflatten(-1, (self.heads, self.dim_head))
-        kv = self.to_kv(tokens).unflatten(-1, (-1, self.kv_heads, self.dim_head)).unbind(2)
+        q, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) = self.project(tokens)
+        k_slc, k_win = self.rotary.scale(k_slc), self.rotary.scale(k_win)
         gates = split_gates(self.to_gates(tokens), self.heads).sigmoid()
-        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (kv[i] for i in self.kv_layout)
         return Heads(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
 
     def compress_and_rotate(self, heads: Heads) -> Projected:
         """What the branches of a whole sequence are computed from."""
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = heads
-        angles = rotary_angles(q.shape[1], self.dim_head, base=self.rope_base, device=q.device)
+        angles = self.rotary.angles(q.shape[1], q.device)
         q_rot, k_slc, k_win = (
             ops.rotate(x, angles, backend=self.backend) for x in (q, k_slc, k_win)
         )

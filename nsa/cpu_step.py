@@ -18,7 +18,7 @@ from nsa.cache import KeysValues, LayerCache
 from nsa.config import NSAConfig
 from nsa.heads import Heads
 from nsa.importance import RULES
-from nsa.rotary import rotary_frequencies
+from nsa.rotary import Rotary
 
 Parts = dict[str, KeysValues]
 
@@ -63,7 +63,7 @@ def remember(attn: Any, heads: Heads, parts: Parts, t: int) -> Float[Tensor, "B 
     """
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = heads[:7]
     H, G, cfg = q.shape[2], k_slc.shape[2], attn.cfg
-    cos, sin = turn(t, attn.dim_head, attn.rope_base)
+    cos, sin = turn(t, attn.rotary)
     x = torch.cat([q, k_slc, k_win], 2)[:, 0]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     turned = (wide * cos + wide.roll(attn.dim_head // 2, -1) * sin).to(x.dtype)
@@ -85,9 +85,9 @@ def remember(attn: Any, heads: Heads, parts: Parts, t: int) -> Float[Tensor, "B 
 
 
 @lru_cache(maxsize=8)
-def turn(t: int, dim_head: int, base: float) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+def turn(t: int, rotary: Rotary) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
     """What multiplies a row at position t, and the same row with its halves exchanged."""
-    angles = t * rotary_frequencies(dim_head, base=base)
+    angles = t * rotary.frequencies()
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos]), torch.cat([-sin, sin])
 

@@ -19,7 +19,7 @@ from nsa.backends import BACKENDS
 from nsa.cache import LayerCache, recall
 from nsa.config import NSAConfig
 from nsa.heads import Branches, Heads
-from nsa.rotary import angles_at, rotary_frequencies, rotate
+from nsa.rotary import Rotary, rotate
 from nsa.selection import control_blocks
 
 # Queries, keys and values of a layer's new tokens, which stand where a function of their number
@@ -108,7 +108,7 @@ def append_one_token(
     networks = [n for n in (attn.compress_k, attn.compress_v) if n is not None]
     pools = [network.pooling() for network in networks]
     q_rot, block = step.append_token(
-        heads.q, heads[1:7], frequencies(attn.dim_head, attn.rope_base, heads.q.device),
+        heads.q, heads[1:7], frequencies(attn.rotary, heads.q.device),
         cache.lengths, parts, attn.cfg, pools=() if None in pools else pools,
     )  # fmt: skip
     if block:
@@ -118,9 +118,9 @@ def append_one_token(
 
 
 @lru_cache
-def frequencies(dim_head: int, base: float, device: torch.device) -> Float[Tensor, " half"]:
-    """`rotary_frequencies`, kept: a step has no time to compute them in every layer."""
-    return rotary_frequencies(dim_head, base=base, device=device)
+def frequencies(rotary: Rotary, device: torch.device) -> Float[Tensor, " half"]:
+    """`Rotary.frequencies`, kept: a step has no time to compute them in every layer."""
+    return rotary.frequencies(device)
 
 
 def append_tokens(
@@ -131,7 +131,7 @@ def append_tokens(
     counts: Int[Tensor, " B"] | None,
 ) -> tuple[Float[Tensor, "B n H D"], list[Float[Tensor, "B ring G D"]]]:
     """Several tokens enter the cache.  Rotated queries, and a ring that holds all their windows."""
-    angles = angles_at(positions, attn.dim_head, base=attn.rope_base)
+    angles = attn.rotary.angles_at(positions)
     k_win = rotate(heads.k_win, angles)
     num_new = positions.shape[1]
     slots = blocks.ring_positions(
@@ -172,7 +172,7 @@ def sparse_branches(
     make_room(cache, num_new, causal=attn.cfg.causal)
     heads = attn.split_heads(tokens)
     positions = cache.positions(num_new)
-    angles = angles_at(positions, attn.dim_head, base=attn.rope_base)
+    angles = attn.rotary.angles_at(positions)
     q, q_rot = heads.q, rotate(heads.q, angles)
     k_win, v_win = rotate(heads.k_win, angles), heads.v_win
     sliding = attend_to_window(q_rot, k_win, v_win, cache, cfg)

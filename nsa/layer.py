@@ -5,12 +5,15 @@ sizes and options of `Transformer` that it has parameters for.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nsa.cache import LayerCache
+from nsa.rotary import Rotary
 
 
 class AttentionLayer(nn.Module, ABC):
@@ -44,20 +47,64 @@ class AttentionLayer(nn.Module, ABC):
         )
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the head dimension; heads keep their dtype, which autocast may have chosen."""
+
+    def __init__(self, dim_head: int) -> None:
+        super().__init__(dim_head, eps=1e-6)  # PyTorch's own eps would depend on the dtype
+
+    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H D"]:
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 class ProjectingLayer(AttentionLayer):
     """A layer kind that projects its normed input to rotated queries, keys and values."""
 
     kv_heads: int
-    rope_base: float
+    kv_layout: tuple[int, ...]
+    rotary: Rotary
 
     def build_projections(
-        self, dim: int, dim_head: int, heads: int, kv_heads: int, *, kv_width: int, norm: bool
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        rotary: Rotary,
+        *,
+        norm: bool,
+        qk_norm: bool,
+        kv_layout: Sequence[int] = (0, 1),
     ) -> None:
-        """Make `norm`, `to_q` and `to_kv`; `kv_width` is that of all keys and values together."""
-        self.heads, self.dim_head, self.kv_heads = heads, dim_head, kv_heads
+        """Make `norm`, `to_q`, `to_kv` and, with `qk_norm`, the norms of queries and keys.
+
+        Args:
+            kv_layout: the place in `to_kv`'s output of the keys and the values of each branch, in
+                turn; branches may share a place.
+        """
+        self.heads, self.dim_head, self.kv_heads = heads, rotary.dim_head, kv_heads
+        self.kv_layout, self.rotary = tuple(kv_layout), rotary
         self.norm = nn.RMSNorm(dim) if norm else nn.Identity()
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_q = nn.Linear(dim, heads * self.dim_head, bias=False)
+        kv_width = (max(kv_layout) + 1) * kv_heads * self.dim_head
         self.to_kv = nn.Linear(dim, kv_width, bias=False)
+        self.q_norm = self.k_norms = None
+        if qk_norm:  # each branch learns how sharp its scores are, so its keys have their own norm
+            self.q_norm = HeadNorm(self.dim_head)
+            places = sorted(set(self.kv_layout[::2]))
+            self.k_norms = nn.ModuleDict({str(i): HeadNorm(self.dim_head) for i in places})
+
+    def project(
+        self, tokens: Float[Tensor, "B T M"]
+    ) -> tuple[Float[Tensor, "B T H D"], list[Float[Tensor, "B T G D"]]]:
+        """Queries, and keys and values in the order of `kv_layout`, of normed tokens."""
+        q = self.to_q(tokens).unflatten(-1, (self.heads, self.dim_head))
+        kv = list(self.to_kv(tokens).unflatten(-1, (-1, self.kv_heads, self.dim_head)).unbind(2))
+        if self.q_norm is not None and self.k_norms is not None:
+            q = self.q_norm(q)
+            for place, norm in self.k_norms.items():
+                kv[int(place)] = norm(kv[int(place)])
+        return q, [kv[i] for i in self.kv_layout]
 
 
 def like_keys(attn: ProjectingLayer, batch: int) -> Float[Tensor, "B 0 G D"]:

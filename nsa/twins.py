@@ -1,12 +1,11 @@
 """What NSA is compared with: the same layer with dense or with sliding-window attention."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from nsa.cache import LayerCache, dense_cache, window_cache
 from nsa.config import NSAConfig
 from nsa.gates import zero_linear
 from nsa.layer import ProjectingLayer, check_heads, check_tokens, like_keys
-from nsa.rotary import angles_at, rotary_angles, rotate
+from nsa.rotary import Rotary, find_scaling, rotate
 
 
 class Twin(ProjectingLayer):
@@ -26,12 +25,22 @@ class Twin(ProjectingLayer):
     rotates_by: str = "torch"  # a backend
 
     def __init__(
-        self, dim: int, dim_head: int, heads: int, kv_heads: int | None, *, norm: bool
+        self,
+        dim: int,
+        dim_head: int,
+        heads: int,
+        kv_heads: int | None,
+        *,
+        norm: bool,
+        rope_base: float,
+        rope_scaling: Mapping[str, Any] | None,
+        qk_norm: bool,
     ) -> None:
         super().__init__()
         groups = check_heads(heads, kv_heads, dim_head)
-        kv_width = 2 * groups * dim_head
-        self.build_projections(dim, dim_head, heads, groups, kv_width=kv_width, norm=norm)
+        rotary = Rotary(dim_head, rope_base, find_scaling(rope_scaling))
+        self.build_projections(dim, heads, groups, rotary, norm=norm, qk_norm=qk_norm)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def forward(
         self,
@@ -73,13 +82,13 @@ class Twin(ProjectingLayer):
         positions: Callable[[int], Int[Tensor, "B T"]] | None = None,
     ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G D"]]:
         """Queries, keys and values of normed tokens that stand at `positions`, or at 0 … T - 1."""
-        q = rearrange(self.to_q(tokens), "B T (H D) -> B T H D", H=self.heads)
-        k, v = rearrange(self.to_kv(tokens), "B T (P G D) -> P B T G D", P=2, G=self.kv_heads)
+        q, (k, v) = self.project(tokens)
+        k = self.rotary.scale(k)
         num_tokens, backend = tokens.shape[1], self.rotates_by
         if positions is not None:
-            angles = angles_at(positions(num_tokens), self.dim_head, base=self.rope_base)
+            angles = self.rotary.angles_at(positions(num_tokens))
             return rotate(q, angles), rotate(k, angles), v
-        angles = rotary_angles(num_tokens, self.dim_head, base=self.rope_base, device=tokens.device)
+        angles = self.rotary.angles(num_tokens, tokens.device)
         return ops.rotate(q, angles, backend=backend), ops.rotate(k, angles, backend=backend), v
 
 
@@ -104,11 +113,15 @@ class Attention(Twin):
         *,
         output_gate: bool = False,
         rope_base: float = 10_000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        qk_norm: bool = False,
     ) -> None:
-        super().__init__(dim, dim_head, heads, kv_heads, norm=norm)
-        self.causal, self.rope_base = causal, rope_base
+        super().__init__(
+            dim, dim_head, heads, kv_heads,
+            norm=norm, rope_base=rope_base, rope_scaling=rope_scaling, qk_norm=qk_norm,
+        )  # fmt: skip
+        self.causal = causal
         self.to_gate = zero_linear(dim, heads) if output_gate else None
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B T H D"]:
         return decoding.scaled_dot_product(q, k, v, causal=self.causal)
@@ -152,14 +165,18 @@ class WindowAttention(Twin):
         backend: str = "auto",
         *,
         rope_base: float = 10_000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
+        qk_norm: bool = False,
     ) -> None:
-        super().__init__(dim, dim_head, heads, kv_heads, norm=norm)
+        super().__init__(
+            dim, dim_head, heads, kv_heads,
+            norm=norm, rope_base=rope_base, rope_scaling=rope_scaling, qk_norm=qk_norm,
+        )  # fmt: skip
         self.cfg = NSAConfig(sliding_window_size=sliding_window_size, causal=causal)
-        self.causal, self.rope_base = causal, rope_base
+        self.causal = causal
         self.backend = self.rotates_by = resolve_backend(
             backend, options=() if causal else ("causal=False",)
         )
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B T H D"]:
         return ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)

@@ -22,7 +22,7 @@ from nsa.branches import gated_attention
 from nsa.config import NSAConfig
 from nsa.heads import Projected
 from nsa.kernels.block_order import inverted_lists
-from nsa.rotary import rotary_angles
+from nsa.rotary import Rotary
 from nsa.testing import by_descriptor, judge, judge_selection, loop_order
 
 PAPER = dict(
@@ -183,7 +183,7 @@ def check_case(case: Case) -> None:
         "out dq dk dv",
     )
     for name, start in (("rotate", 0), ("rotate, far", 2**16 - case.T)):
-        angles = rotary_angles(start + case.T, case.D, device=DEVICE)[start:]
+        angles = Rotary(case.D).angles(start + case.T, DEVICE)[start:]
         compare(
             name,
             lambda parts, angles=angles: kernels.rotate(parts[..., 1, :, :], angles),

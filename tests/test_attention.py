@@ -22,7 +22,7 @@ from nsa.compress_networks import (
     MeanPool,
 )
 from nsa.compress_transformers import CompressTransformer
-from nsa.rotary import angles_at, rotary_angles, rotate
+from nsa.rotary import Rotary, rotate
 
 DIM, D, H, G = 24, 8, 4, 2
 SIZES = {
@@ -37,6 +37,7 @@ SIZES = {
     "num_selected_blocks": 4,
     "compress_mlp_expand_factor": 0.25,
 }
+YARN = {"type": "yarn", "factor": 4, "original_seq_len": 32}
 OPTIONS = {
     "paper": {},
     "one key/value head": {"kv_heads": 1},
@@ -58,6 +59,9 @@ OPTIONS = {
     "oracle": {"selection": "oracle"},
     "gate bias": {"gate_bias": [-2.0, -2.0, 2.0]},
     "slow rotation": {"rope_base": 500.0},
+    "yarn and normed keys": {"rope_scaling": YARN, "qk_norm": True},
+    "normed shared keys": {"kv_per_branch": False, "qk_norm": True},
+    "normed scores by gates": {"compressed_output": False, "use_diff_topk": True, "qk_norm": True},
     "scores by gates": {"compressed_output": False, "use_diff_topk": True},
     "scores by shared keys": {
         "compressed_output": False,
@@ -134,7 +138,7 @@ def test_the_module_is_the_paper(option: str, num_tokens: int) -> None:
     kv = rearrange(attn.to_kv(normed), "B T (P G D) -> P B T G D", G=G, D=D)
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv if len(kv) == 6 else [*kv] * 3
     k_cmp, v_cmp = attn.compress_k(k_cmp), attn.compress_v(v_cmp)
-    angles = rotary_angles(num_tokens, D)
+    angles = Rotary(D).angles(num_tokens)
     cfg = attn.cfg
     compressed, lse = reference.compressed_attention(q, k_cmp, v_cmp, cfg, attn.mem_k, attn.mem_v)
     indices = reference.select_blocks(q, k_cmp, lse, cfg)
@@ -189,6 +193,9 @@ CHANGING = [  # options that leave the parameters as they are, so that two modul
     {"compress_mlp_expand_factor": 0.5},
     {"strategy_combine_mlp": nn.Linear(DIM, 3 * H, bias=False)},
     {"rope_base": 100.0},
+    {"rope_scaling": {"type": "linear", "factor": 4}},
+    {"rope_scaling": YARN},
+    {"qk_norm": True},
     {"selection": "random"},
     {"selection": "oracle"},
     {"selection": "none"},
@@ -435,13 +442,13 @@ def test_a_window_of_one_key_leaves_no_parameter_without_a_gradient() -> None:
 
 def test_rotation_depends_on_distance_alone() -> None:
     q, k = torch.randn(1, 1, 1, D).expand(1, 20, 1, D), torch.randn(1, 1, 1, D).expand(1, 20, 1, D)
-    angles = rotary_angles(20, D)
+    angles = Rotary(D).angles(20)
     scores = rotate(q, angles)[0, :, 0] @ rotate(k, angles)[0, :, 0].T
     for distance in range(-5, 6):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
     assert scores[0].std() > 0.01
-    torch.testing.assert_close(angles_at(torch.arange(15, 20), D), angles[15:])
+    torch.testing.assert_close(Rotary(D).angles_at(torch.arange(15, 20)), angles[15:])
     assert rotate(q.bfloat16(), angles).dtype == torch.bfloat16
     assert rotate(q.double(), angles).dtype == torch.float64
     torch.testing.assert_close(rotate(q, angles).norm(dim=-1), q.norm(dim=-1))

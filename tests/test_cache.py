@@ -42,6 +42,7 @@ def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
 
 
+YARN = {"type": "yarn", "factor": 4, "original_seq_len": 20}
 OPTIONS = {
     "paper": {},
     "diff_topk": dict(use_diff_topk=True),
@@ -53,6 +54,8 @@ OPTIONS = {
     "no_initial": dict(num_initial_blocks=0, num_local_blocks=1),
     "random": dict(selection="random", selection_seed=3),
     "oracle": dict(selection="oracle"),
+    "yarn": dict(rope_scaling=YARN),
+    "qk_norm": dict(qk_norm=True),
 }
 
 
@@ -159,6 +162,7 @@ def test_no_selection_and_short_sequences() -> None:
 
 def test_a_whole_model_of_mixed_layers() -> None:
     attention = SIZES | {"num_compressed_mem_kv": 1, "compress_network": "attention_pool"}
+    attention |= {"rope_scaling": YARN, "qk_norm": True}
     model = Transformer(
         31, 16, 3, 4, 4, kv_heads=2, seq_len=64, attention=attention,
         layer_pattern=("nsa", "window", "dense"),
@@ -195,8 +199,9 @@ def test_a_layer_that_looks_ahead_has_no_cache() -> None:
 def test_triton_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt, several tokens, one by one: the float64 reference to the rounding of float32."""
     monkeypatch.setattr("nsa.decoding.MOST_TOKENS", 4)
-    exact, x = sparse(), tokens(2, 26).to(DEVICE)
-    fast = sparse(backend="triton").float().to(DEVICE)
+    options = {"rope_scaling": YARN, "qk_norm": True}
+    exact, x = sparse(**options), tokens(2, 26).to(DEVICE)
+    fast = sparse(backend="triton", **options).float().to(DEVICE)
     exact = exact.to(DEVICE)
     lengths = torch.tensor([5, 10], device=DEVICE)
     cache = fast.empty_cache(2, 10)
