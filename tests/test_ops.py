@@ -74,7 +74,8 @@ def test_torch_and_reference_pool_as_the_network_does(positions: bool) -> None:
         torch.testing.assert_close(torch.autograd.grad(y, inputs, upstream), expected)
 
 
-def test_pooling_refuses_what_does_not_fit_its_blocks() -> None:
+def test_pooling_refuses_what_does_not_fit_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would refuse first
     x, weight, scores = K, torch.ones(8, 8), torch.ones(CFG.compress_block_size, 8)
     with pytest.raises(ValueError, match="to_scores has shape"):
         ops.attention_pool(x, weight[:4], scores, None, CFG)
