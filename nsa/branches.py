@@ -89,5 +89,7 @@ def straight_through_gates(
     backend: str,
 ) -> Float[Tensor, "B T J N"]:
     """Ones whose gradient is that of the selected blocks' importances, for `use_diff_topk`."""
-    chosen = ops.selected_importance(x.q, x.k_cmp, lse, block_indices, cfg, backend=backend)
+    chosen = ops.selected_importance(
+        x.q, x.k_cmp, lse, block_indices, cfg, x.mem_k, backend=backend
+    )
     return 1.0 + (chosen - chosen.detach())

@@ -88,14 +88,16 @@ def selected_importance(
     lse: Float[Tensor, "B T H"],
     block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
+    mem_k: Float[Tensor, "G Nm D"] | None = None,
     *,
     backend: str = "reference",
 ) -> Float[Tensor, "B T J N"]:
     """See `reference.selected_importance`."""
     _check_scores(q, k_cmp, lse, cfg)
+    _check_memory(q, k_cmp, k_cmp, mem_k, mem_k)
     _check_indices(block_indices, q, k_cmp)
     check_importance(backend, cfg.importance)
-    return _chosen(backend, q).selected_importance(q, k_cmp, lse, block_indices, cfg)
+    return _chosen(backend, q).selected_importance(q, k_cmp, lse, block_indices, cfg, mem_k)
 
 
 def selected_attention(

@@ -198,8 +198,14 @@ def selected_importance(
     lse: Float[Tensor, "B T H"],
     block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
+    mem_k: Float[Tensor, "G Nm D"] | None = None,
 ) -> Float[Tensor, "B T J N"]:
-    """`block_importance` of the chosen blocks, 0 in empty slots: what `use_diff_topk` trains."""
+    """`block_importance` of the chosen blocks, 0 in empty slots: what `use_diff_topk` trains.
+
+    lse is that of `compressed_attention` over k_cmp and mem_k, with its graph. Here gradients reach
+    q, k_cmp and mem_k through it, and mem_k needs no other mention. A backend may instead return
+    the whole gradient of q, k_cmp and mem_k itself, and none of lse.
+    """
     shared = block_indices.shape[2] == k_cmp.shape[2]
     importance = block_importance(q, k_cmp, lse, cfg, shared)
     chosen = importance.gather(-1, block_indices.long().clamp(min=0))

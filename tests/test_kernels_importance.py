@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernel_inputs import DEVICE, heads
+from kernel_inputs import DEVICE, heads, random
 
 from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
-from nsa.kernels.selected_importance import importance_dk_kernel
-from nsa.testing import assert_no_worse
+from nsa.kernels.importance_gradients import importance_dk_kernel
+from nsa.testing import assert_no_worse, values_and_gradients
 
 
 def config(size, stride, length, n, **changes) -> NSAConfig:
@@ -70,27 +70,59 @@ def test_lower_block_wins_a_tie():
 
 
 GATHERED = {
-    "shared": (3, 1, config(6, 4, 12, 3), True),
-    "by head, acausal": (2, 1, config(8, 4, 16, 2, causal=False), False),
-    "mean logit": (2, 1, config(8, 4, 16, 3, importance="logit_mean"), True),
+    "shared": (3, 1, 0, config(6, 4, 12, 3), True),
+    "by head, acausal, memory": (2, 1, 3, config(8, 4, 16, 2, causal=False), False),
+    "mean logit": (2, 1, 2, config(8, 4, 16, 3, importance="logit_mean"), True),
 }
+
+
+def through_lse(ops, indices, cfg):
+    """Importance at `indices` as a function of q, k_cmp and, where given, mem_k; by way of lse."""
+
+    def values(q, k, mem_k=None):
+        lse = ops.compressed_attention(q, k, k, cfg, mem_k, mem_k)[1]
+        return ops.selected_importance(q, k, lse, indices, cfg, mem_k)
+
+    return values
 
 
 @pytest.mark.parametrize("case", GATHERED.values(), ids=GATHERED)
 def test_selected_importance(case):
     """Values and gradients at chosen blocks; the empty slots of early tokens give 0."""
-    H, G, cfg, shared = case
+    H, G, memories, cfg, shared = case
     q, k, lse = scored(40, H, G, cfg)
+    inputs = (q, k, random(G, memories, 16)) if memories else (q, k)
     indices = reference.select_blocks(q, k, lse, cfg, shared)
     indices[:, 3] = -1
+    op, oracle = (through_lse(ops, indices, cfg) for ops in (kernels, reference))
+    assert_no_worse(op, oracle, *inputs)
 
-    def oracle(q, k, lse):
-        importance = reference.block_importance(q, k, lse, cfg, shared)
-        return importance.gather(-1, indices.clamp_min(0).long()).where(indices >= 0, 0.0)
 
-    assert_no_worse(
-        lambda q, k, lse: kernels.selected_importance(q, k, lse, indices, cfg), oracle, q, k, lse
-    )
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of keys that a mask hides
+@pytest.mark.parametrize("memories", [0, 2], ids=["", "memory"])
+def test_gradients_cancel_where_logits_are_saturated(memories):
+    """Logits of 1,000: most queries attend to one key alone, whose gradient is nearly 0.
+
+    Gradients of the queries, and of all keys together, err at most twice as much as those of eager
+    PyTorch in float32, without a margin.
+    """
+    generator = torch.Generator().manual_seed(0)
+    cfg = config(8, 4, 16, 3)
+    shapes = (1, 60, 4, 16), (1, 14, 2, 16), (2, memories, 16)
+    q, k, mem_k = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
+    inputs = (q * 20, k * 20, mem_k * 20) if memories else (q * 20, k * 20)
+    lse = reference.compressed_attention(*inputs[:2], k, cfg)[1]
+    assert 800 < lse.max() < 2000
+    indices = reference.select_blocks(*inputs[:2], lse, cfg)
+    op, oracle = (through_lse(ops, indices, cfg) for ops in (kernels, reference))
+
+    def gradients(f, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        _, dq, *dkeys = values_and_gradients(f, inputs, dtype)
+        return dq, torch.cat([x.flatten() for x in dkeys])
+
+    got, eager = gradients(op, torch.float32), gradients(oracle, torch.float32)
+    for g, e, want in zip(got, eager, gradients(oracle, torch.float64), strict=True):
+        assert (g - want).norm() <= 2 * (e - want).norm()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of keys that a mask hides
@@ -102,8 +134,8 @@ def test_a_sum_over_many_tokens_rounds_no_more_than_one_over_few():
     k, lse = torch.zeros(1, 2, 1, D, device=DEVICE), torch.zeros(1, T, 1, device=DEVICE)
     dk, indices = torch.empty_like(k), torch.zeros_like(dsum, dtype=torch.int32)
     importance_dk_kernel[(1,)](
-        q, k, lse, indices, dsum, dk, T, 2, 1.0,
-        H=1, G=1, J=1, D=D, N=1, SIZE=4, STRIDE=4, LENGTH=8, CAUSAL=False, LOGITS=True,
+        q, k, lse, None, None, indices, dsum, dk, T, 2, 1.0,
+        H=1, G=1, J=1, D=D, N=1, SIZE=4, STRIDE=4, LENGTH=8, MEMORY=0, CAUSAL=False, LOGITS=True,
         PADDED_D=D, TOKENS=16, KEYS=16, PRECISION="ieee", num_warps=4,
     )  # fmt: skip
     want = (dsum.double() * q.double()).sum(1)[0, 0]

@@ -199,7 +199,7 @@ def test_an_op_calls_the_backend_it_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         "attention_pool": (K, torch.ones(8, 8), torch.ones(CFG.compress_block_size, 8), None, CFG),
         "compressed_attention": (Q, K_CMP, K_CMP, CFG, None, None),
         "select_blocks": (Q, K_CMP, LSE, CFG, True),
-        "selected_importance": (Q, K_CMP, LSE, INDICES, CFG),
+        "selected_importance": (Q, K_CMP, LSE, INDICES, CFG, None),
         "selected_attention": (Q, K, K, INDICES, CFG, None),
         "sliding_window_attention": (Q, K, K, CFG),
         "combine": (torch.ones(2, 9, 4, 3), Q, Q, Q),
