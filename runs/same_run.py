@@ -1,8 +1,12 @@
 """Is what goes on from a checkpoint still the run that wrote it, and what has changed about it?"""
 
+import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+from nsa.attention import SparseAttention
+from nsa.transformer import Transformer
 from runs.checkpoints import corpus_of
 
 FREE = {"model.name", "model.dropout", "model.attention.backend"}  # may change at any time
@@ -27,6 +31,8 @@ def check_same_run(
     stored = checkpoint["hyper_parameters"]
     before = {k: v for part in ("model", "optimizer") for k, v in flatten(stored[part], part)}
     now = {k: v for part in ("model", "optimizer") for k, v in flatten(settings[part], part)}
+    # An option that did not exist yet was as it is by default.
+    before = {k: defaults().get(k) for k in now if k not in before} | before
     changed = [k for k in before | now if k not in FREE and before.get(k) != now.get(k)]
     order = corpus_of(checkpoint).get("sample_order", {})
     free = CORPUS if allow_other_corpus else ()
@@ -39,6 +45,18 @@ def check_same_run(
     if set(other) & set(CORPUS):
         lines.append("to go on with these samples all the same: allow_other_corpus=true")
     raise ValueError("\n".join([head, *lines]))
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """What a model's options are where nothing is said, by dotted path."""
+    places = (("model", Transformer), ("model.attention", SparseAttention))
+    return {
+        f"{prefix}.{name}": parameter.default
+        for prefix, kind in places
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.default is not parameter.empty
+    }
 
 
 def flatten(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:

@@ -289,6 +289,19 @@ def test_a_resumed_run_keeps_its_order_of_samples() -> None:
         check_same_run(checkpoint, settings, order | {"sequences_per_step": 16})
 
 
+def test_an_option_that_a_checkpoint_lacks_was_at_its_default() -> None:
+    checkpoint = {"hyper_parameters": {"model": {"attention": {}}, "optimizer": {}}}
+
+    def check(**options: object) -> None:
+        check_same_run(checkpoint, {"model": {"attention": options}, "optimizer": {}}, {})
+
+    check(selection="learned", qk_norm=False, rope_scaling=None, rope_base=10_000.0)
+    with pytest.raises(ValueError, match="qk_norm=True, the checkpoint has False"):
+        check(qk_norm=True)
+    with pytest.raises(ValueError, match=r"rope_scaling\.type=yarn, the checkpoint has None"):
+        check(rope_scaling={"type": "yarn", "factor": 4.0})
+
+
 def test_a_resumed_run_keeps_its_model_and_optimizer() -> None:
     model = {"dim": 8, "dropout": 0.1, "attention": {"backend": "auto", "kv_per_branch": True}}
     settings = {"model": model, "optimizer": {"lr": 0.1, "fused": True}}
