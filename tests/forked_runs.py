@@ -113,6 +113,7 @@ def one_rank(
     os.dup2(log, 2)
     os.environ |= place | {"NSA_DATA_DIR": str(folder / "data")}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
     if sent is not None and sent.rank == rank:
         arm(sent)
     warnings.simplefilter("ignore")
