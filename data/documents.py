@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, pairwise
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,8 @@ MOST = 1 << 14  # documents tokenized together: of short ones, what is kept for 
 PIECES = 8  # of a text, tokenized together
 HELD = 1 << 25  # bytes read of mapped files before their memory is given back
 
-Texts = pa.StringArray | pa.LargeStringArray
-OFFSETS = {pa.string(): np.int32, pa.large_string(): np.int64}
+Texts: TypeAlias = pa.StringArray | pa.LargeStringArray
+OFFSETS: dict[Any, type[np.integer]] = {pa.string(): np.int32, pa.large_string(): np.int64}
 SplitOf = Callable[[NDArray[np.uint64]], NDArray[np.str_]]  # of documents by their numbers
 
 

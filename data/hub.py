@@ -19,7 +19,7 @@ WAY_OUT = (
 @contextmanager
 def asked_once() -> Iterator[None]:
     """Inside, the libraries of Hugging Face take the hub for absent if it does not answer now."""
-    import datasets
+    import datasets.config
     from huggingface_hub import constants
 
     for library in ("datasets", "huggingface_hub"):  # they print in addition to the root logger

@@ -215,7 +215,7 @@ def shuffled_rows(data: "Dataset") -> Iterator[pa.Table]:
     """Rows in an order of their own, about `BATCH` bytes at once: each batch tells of the next."""
     start, rows = 0, 1
     while start < len(data):
-        table = data[start : start + rows].combine_chunks()  # of which each row is one
+        table = cast(pa.Table, data[start : start + rows]).combine_chunks()  # each row is one
         yield table
         start += rows
         rows = max(1, min(2 * rows, ROWS, rows * BATCH // (table.nbytes + 1)))
