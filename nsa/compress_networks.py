@@ -19,6 +19,7 @@ from nsa import blocks, ops
 from nsa.compress_transformers import compress_transformer, per_head_transformer
 from nsa.config import NSAConfig
 from nsa.plugins import Spec, ask, find
+from nsa.pooling import pool_windows
 
 
 class MeanPool(nn.Module):
@@ -110,8 +111,7 @@ class AttentionPool(nn.Module):
         self.position_scores = nn.Parameter(torch.zeros(compress_window_size, dim_head))
 
     def forward(self, windows: Float[Tensor, "b h w n d"]) -> Float[Tensor, "b h w d"]:
-        weights = (self.to_scores(windows) + self.position_scores).softmax(dim=-2)
-        return reduce(weights * windows, "b h w n d -> b h w d", "sum")
+        return pool_windows(windows, self.to_scores.weight, self.position_scores)
 
     def pool(
         self,

@@ -51,5 +51,14 @@ def attention_pool(
     windows = blocks.compress_windows(x, cfg)
     if positions is not None:
         windows = windows + positions[:, None].to(x.dtype)
-    weights = (F.linear(windows, to_scores) + position_scores).softmax(dim=3)
-    return (weights * windows).sum(3).transpose(1, 2).to(x.dtype)
+    return pool_windows(windows, to_scores, position_scores).transpose(1, 2).to(x.dtype)
+
+
+def pool_windows(
+    windows: Float[Tensor, "b h w n d"],
+    to_scores: Float[Tensor, "d d"],
+    position_scores: Float[Tensor, "n d"],
+) -> Float[Tensor, "b h w d"]:
+    """Each block's tokens, weighed in each channel by the softmax of their scores."""
+    weights = (F.linear(windows, to_scores) + position_scores).softmax(dim=-2)
+    return (weights * windows).sum(-2)

@@ -8,8 +8,9 @@ picks and on random ones.
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,38 +18,19 @@ from torch import Tensor
 from benchmarks import measure
 from nsa import blocks, ops
 from nsa.attention import SparseAttention
-from nsa.branches import attend_branches
-from nsa.config import NSAConfig
 from nsa.heads import Projected
+from nsa.probe import NEIGHBOURS
+from nsa.probe_tile import as_mask
+from nsa.selection import random_blocks
 from nsa.testing import loop_order
 from runs import trained
 
-NEIGHBOURS = (16, 32, 64)
-
 
 def distinct(block_indices: Tensor, num_blocks: int, neighbours: int) -> float:
-    """How many blocks `neighbours` tokens keep together, on average.
-
-    Args:
-        block_indices: [B T G N], -1 in empty slots.
-    """
-    B, T, G, _ = block_indices.shape
-    kept = torch.zeros(B, T, G, num_blocks + 1, dtype=torch.bool, device=block_indices.device)
-    kept.scatter_(-1, block_indices.long() % (num_blocks + 1), True)  # -1: a place of its own
-    whole = T // neighbours * neighbours
-    together = kept[:, :whole, :, :-1].unflatten(1, (-1, neighbours)).any(2)
-    return together.sum(-1).float().mean().item()
-
-
-def at_random(block_indices: Tensor, cfg: NSAConfig) -> Tensor:
-    """As many picks of what each token sees, with what is forced kept."""
-    T, device = block_indices.shape[1], block_indices.device
-    rank = blocks.priority(T, cfg, device=device)  # [T S]
-    scores = torch.rand(*block_indices.shape[:3], rank.shape[-1], device=device)
-    scores = scores + rank[:, None]
-    picked = scores.topk(block_indices.shape[-1]).indices.sort(-1).values
-    seen = rank[:, None].expand(*scores.shape).gather(-1, picked) >= 0
-    return torch.where(seen, picked, -1).int()
+    """How many blocks `neighbours` tokens of a head keep together, on average, of [B T G N]."""
+    whole = block_indices.shape[1] // neighbours * neighbours
+    kept = torch.stack([as_mask(each[None, :whole], num_blocks) for each in block_indices])
+    return kept.unflatten(1, (-1, neighbours)).any(2).sum(-1).float().mean().item()
 
 
 @torch.no_grad()
@@ -64,11 +46,7 @@ def layers_of(model: Any, tokens: Tensor) -> Iterator[tuple[SparseAttention, Pro
     for hook in hooks:
         hook.remove()
     for attn, x in found:
-        projected = attn.compress_and_rotate(attn.split_heads(x))
-        rules = dict(backend=attn.backend, shared=attn.shared_selection)
-        rules |= dict(use_diff_topk=False, compressed_output=attn.compressed_output)
-        chosen = attend_branches(projected, attn.cfg, **cast(Any, rules)).block_indices
-        yield attn, projected, chosen
+        yield attn, attn.compress_and_rotate(attn.split_heads(x)), attn.branches(x).block_indices
 
 
 def order_times(x: Projected, indices: Tensor, attn: SparseAttention) -> str:
@@ -77,8 +55,8 @@ def order_times(x: Projected, indices: Tensor, attn: SparseAttention) -> str:
     found = []
     for tiles in (False, True):
         with loop_order(tiles):
-            op = lambda q, k, v: ops.selected_attention(  # noqa: E731
-                q, k, v, indices, attn.cfg, backend="triton"
+            op = partial(
+                ops.selected_attention, block_indices=indices, cfg=attn.cfg, backend="triton"
             )
             times = measure.forward_and_backward(op, inputs, x.q_rot.device)
         found.append(f"{times['forward_ms']:.2f} + {times['backward_ms']:.2f}")
@@ -98,11 +76,12 @@ def main() -> None:
     text = options.text.read_bytes()[-8 * number :].decode(errors="replace")
     tokens = torch.tensor(found.tokenizer.encode(text)[-number:], device=device).view(-1, length)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-        for number, (attn, x, indices) in enumerate(layers_of(model, tokens)):
+        for layer, (attn, x, indices) in enumerate(layers_of(model, tokens)):
             S = blocks.num_selection_blocks(length, attn.cfg)
-            random = at_random(indices, attn.cfg)
+            seeds = torch.arange(len(indices), device=device)
+            random = random_blocks(seeds, indices.shape[2], length, attn.cfg)
             seen = blocks.priority(length, attn.cfg, device=device) >= 0
-            print(f"layer {number}: n {indices.shape[-1]}, sees {seen.sum(-1).float().mean():.1f}")
+            print(f"layer {layer}: n {indices.shape[-1]}, sees {seen.sum(-1).float().mean():.1f}")
             for name, picks in (("trained", indices), ("random", random)):
                 counts = [f"{k}: {distinct(picks, S, k):.1f}" for k in NEIGHBOURS]
                 times = order_times(x, picks, attn) if device == "cuda" else ""
