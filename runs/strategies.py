@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from nsa.training import parallel
 from runs import checkpoint_faults, checkpoints
 
 
@@ -38,9 +39,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: False gathers a checkpoint on rank zero, into the file that
             one process or DDP would have written. True lets every rank write its shards, into a
             folder: for models whose optimizer outgrows a host's memory. All load both.
+        reshard_after_forward: whether a block frees its gathered weights after its forward pass
+            and gathers them again for the backward pass; "auto": where they would take too much
+            memory otherwise (`parallel.resolve_reshard`).
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = False) -> None:
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        reshard_after_forward: bool | str = "auto",
+    ) -> None:
+        parallel.check_reshard(reshard_after_forward)
+        self.reshard_after_forward = reshard_after_forward
         super().__init__(
             tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint
         )

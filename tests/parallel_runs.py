@@ -83,7 +83,10 @@ class Seen(L.Callback):
 
 def strategy_of(kind: str) -> Strategy | str:
     if kind.startswith("fsdp"):
-        return strategies.FSDP2Strategy(save_distributed_checkpoint=kind.endswith("folder"))
+        return strategies.FSDP2Strategy(
+            save_distributed_checkpoint=kind.endswith("folder"),
+            reshard_after_forward=False if kind.endswith("kept") else "auto",
+        )
     if kind == "replicas":
         return ReplicaStrategy()
     return "ddp" if kind == "ddp" else "auto"
@@ -243,7 +246,7 @@ RUNS: dict[str, Run] = {
     "replicas": (2, replayed),
     "fsdp": (2, saved("fsdp")),
     "fsdp_folder": (2, saved("fsdp_folder")),
-    "fsdp_full": (2, trained("fsdp", activation_checkpointing="full")),
+    "fsdp_kept_full": (2, trained("fsdp_kept", activation_checkpointing="full")),
     "ddp_bf16": (2, trained("ddp", **BF16)),
     "fsdp_bf16": (2, trained("fsdp", **BF16)),
     "dense": (1, trained("one", **DENSE)),

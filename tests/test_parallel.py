@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from parallel_runs import ROOT, results
 from test_train import ATTENTION, MODEL, TINY, Counting, make_module
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa.training import parallel
@@ -31,7 +33,7 @@ RUNS = (
         "ddp",
         "replicas",
         "fsdp",
-        "fsdp_full",
+        "fsdp_kept_full",
         "ddp_bf16",
         "fsdp_bf16",
         "dense",
@@ -114,6 +116,30 @@ def test_an_unknown_mode_is_refused() -> None:
         make_module(activation_checkpointing="some")
 
 
+@pytest.mark.parametrize(
+    ("reshard", "gathered_bytes", "want"),
+    [("auto", 8, False), ("auto", 11, True), (True, 8, True), (False, 11, False)],
+)
+def test_gathered_weights_stay_where_they_are_small(
+    reshard: bool | str, gathered_bytes: int, want: bool
+) -> None:
+    assert parallel.resolve_reshard(reshard, gathered_bytes, memory=100) is want
+
+
+def test_whether_to_reshard_reaches_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        parallel, "fully_shard", lambda *_, **how: asked.append(how.get("reshard_after_forward"))
+    )
+    model, mesh = make_module().model, Mock(spec=DeviceMesh, device_type="cpu")
+    for reshard in ("auto", False):
+        parallel.shard(model, mesh, reshard=reshard)
+    blocks = len(model.blocks)
+    assert asked == [None, *[True] * blocks, None, *[False] * blocks]
+    with pytest.raises(ValueError, match="reshard_after_forward=never must be one of auto, false"):
+        strategies.FSDP2Strategy(reshard_after_forward="never")
+
+
 # Many processes
 
 
@@ -129,7 +155,7 @@ def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
         assert got["steps"][step] == pytest.approx(numbers, abs=1e-6, rel=1e-6), step
 
 
-@pytest.mark.parametrize("kind", ["ddp", "replicas", "fsdp", "fsdp_full"])
+@pytest.mark.parametrize("kind", ["ddp", "replicas", "fsdp", "fsdp_kept_full"])
 def test_two_processes_learn_what_one_learns(runs: dict[str, Any], kind: str) -> None:
     assert_same(runs[kind], runs["one"])
 
@@ -154,6 +180,7 @@ import einops
 import torch
 from test_train import MODEL
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from nsa.training import parallel
 from nsa.transformer import Transformer

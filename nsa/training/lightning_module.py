@@ -86,7 +86,8 @@ class NSALightningModule(L.LightningModule):
         if self.device_mesh is not None:
             casts = self.trainer.precision == "bf16-mixed"
             gathered = torch.bfloat16 if casts else None
-            parallel.shard(self.model, self.device_mesh["data_parallel"], gathered)
+            reshard = getattr(self.trainer.strategy, "reshard_after_forward", "auto")
+            parallel.shard(self.model, self.device_mesh["data_parallel"], gathered, reshard)
 
     # Training
 

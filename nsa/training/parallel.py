@@ -38,6 +38,8 @@ KEPT = {"none": None, "full": CHOICES, "selective": CHOICES + PRODUCTS}
 PROGRAMS = 8  # compiled for one kind of layer, at most
 REPLAYED = "reduce-overhead"  # compiled blocks, in steps that are replayed as CUDA graphs
 COMPILE = ("auto", False, True, REPLAYED)
+RESHARD = ("auto", False, True)
+SMALL = 0.1  # of a device's memory: gathered weights that may stay from forward to backward pass
 
 
 def check_activation_checkpointing(mode: str) -> None:
@@ -98,25 +100,54 @@ def compile_blocks(model: Transformer, compile: bool | str) -> None:
         block.compile()
 
 
-def shard(model: Transformer, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
+def check_reshard(reshard: bool | str) -> None:
+    """Raises ValueError for a value that is not in `RESHARD`."""
+    if reshard not in RESHARD:
+        values = ", ".join(str(value).lower() for value in RESHARD)
+        raise ValueError(f"reshard_after_forward={reshard} must be one of {values}")
+
+
+def resolve_reshard(reshard: bool | str, gathered_bytes: int, memory: int) -> bool:
+    """Whether blocks free their gathered weights after the forward pass.
+
+    `auto` does so where the weights of all blocks together would take more than a tenth of a
+    device's memory; below that they stay, and the backward pass need not gather them again.
+    """
+    return gathered_bytes > SMALL * memory if reshard == "auto" else bool(reshard)
+
+
+def shard(
+    model: Transformer,
+    mesh: DeviceMesh,
+    gathered: torch.dtype | None = None,
+    reshard: bool | str = "auto",
+) -> None:
     """FSDP2: a rank holds one shard of each parameter, of its gradient and of its optimizer state.
 
-    The linear layers of a block are gathered together before the block runs and freed behind it,
-    in the dtype `gathered`, which is what autocast would turn them into: so the numbers are those
-    of unsharded training. What a block multiplies in float32 (norms, positions, φ) belongs to the
-    root, with embedding, last norm and head, and is gathered once a step, as it is. Gradients are
-    averaged in float32.
+    The linear layers of a block are gathered together before the block runs, in the dtype
+    `gathered`, which is what autocast would turn them into: so the numbers are those of unsharded
+    training. They are freed after its forward pass if `reshard` says so, else after its backward
+    pass (`resolve_reshard`). What a block multiplies in float32 (norms, positions, φ) belongs to
+    the root, with embedding, last norm and head, and is gathered once a step, as it is. Gradients
+    are averaged in float32.
     """
     if isinstance(model, FSDPModule):
         return
     linears = [m for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear)]
     of_blocks = {parameter for linear in linears for parameter in linear.parameters()}
+    size = (gathered or torch.float32).itemsize * sum(map(torch.numel, of_blocks))
+    # A CPU's memory is not the model's alone: there nothing is kept that can be gathered again.
+    memory = torch.cuda.get_device_properties().total_memory if mesh.device_type == "cuda" else 0
+    reshards = resolve_reshard(reshard, size, memory)
     # The root first: it does not look into modules that are sharded already.
     fully_shard(model, mesh=mesh, ignored_params=of_blocks)
     policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         of_root = set(block.parameters()) - of_blocks
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=of_root)
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, ignored_params=of_root,
+            reshard_after_forward=reshards,
+        )  # fmt: skip
 
 
 def full(tensor: Tensor) -> Tensor:
