@@ -6,6 +6,12 @@ selection block s covers [s*l', (s+1)*l'), the last one possibly cut short by th
 Keys have a count, queries have positions. `num_tokens` is how many tokens there are to see;
 queries stand at `positions` [*B T], or, in training, at each token: 0 … num_tokens - 1. While
 decoding num_tokens may exceed what a sequence has so far: a causal query sees none of the rest.
+
+Documents that share a row are told by `document_starts` [B T]: for each token, the first token of
+its document. A causal query then sees nothing before that token. Documents start at multiples of l'
+(`nsa.documents`), so blocks lie as they would if a document stood alone; a compressed block that
+reaches across a border is seen by nobody.
+
 Letters: B batch, T queries, K keys, G key/value heads (or H query heads), C compressed blocks,
 S selection blocks, N selected blocks.
 """
@@ -20,6 +26,7 @@ from torch import Tensor
 from nsa.config import NSAConfig
 
 Device = torch.device | str | None
+Starts = Int[Tensor, "B T"] | None  # the first token of each token's document; None: one document
 
 # Ranks of `priority`: a higher one is kept first.
 OWN, INITIAL, LOCAL, FREE, INELIGIBLE = 3, 2, 1, 0, -1
@@ -43,19 +50,24 @@ def num_selection_blocks(num_tokens: int, cfg: NSAConfig) -> int:
     return -(-num_tokens // cfg.selection_block_size)
 
 
-def sees_compressed(t: Tensor, c: Tensor, cfg: NSAConfig) -> Tensor:
+def sees_compressed(
+    t: Tensor, c: Tensor, cfg: NSAConfig, first_token: Tensor | None = None
+) -> Tensor:
     """Query t sees compressed block c once its last token is there (eq. 7); always, if not causal.
 
     Elementwise on positions, broadcasting; this and `in_window` also serve as FlexAttention masks.
+    `first_token`: of the query's document.
     """
-    last = c * cfg.compress_block_sliding_stride + cfg.compress_block_size - 1
-    return (last <= t) | (not cfg.causal)
+    first = c * cfg.compress_block_sliding_stride
+    sees = (first + cfg.compress_block_size - 1 <= t) | (not cfg.causal)
+    return sees if first_token is None else sees & (first >= first_token)
 
 
 @no_type_check  # a run-time type checker has state, which a compiled mask may not touch
-def in_window(t: Tensor, s: Tensor, cfg: NSAConfig) -> Tensor:
+def in_window(t: Tensor, s: Tensor, cfg: NSAConfig, first_token: Tensor | None = None) -> Tensor:
     """Query t sees key s in the window: 0 <= t - s < w; |t - s| < w, if not causal."""
     near = (t - s).abs() < cfg.sliding_window_size
+    near = near if first_token is None else near & (s >= first_token)
     return near & (s <= t) if cfg.causal else near
 
 
@@ -72,17 +84,27 @@ def query_positions(
     return torch.arange(num_tokens, device=device) if positions is None else positions
 
 
+def each_query(document_starts: Starts) -> Int[Tensor, "B T 1"] | None:
+    """The first token of each query's document, to be compared with keys or blocks."""
+    return None if document_starts is None else document_starts[..., None]
+
+
+def first_block(document_starts: Starts, cfg: NSAConfig) -> Int[Tensor, "B T 1"] | int:
+    """The selection block in which each query's document begins."""
+    return 0 if document_starts is None else document_starts[..., None] // cfg.selection_block_size
+
+
 def compress_visible(
     num_tokens: int,
     cfg: NSAConfig,
     device: Device = None,
     positions: Int[Tensor, "*B T"] | None = None,
+    document_starts: Starts = None,
 ) -> Bool[Tensor, "*B T C"]:
     """`sees_compressed` of every query and compressed block."""
     t = query_positions(num_tokens, device, positions)[..., None]
-    return sees_compressed(
-        t, torch.arange(num_compress_blocks(num_tokens, cfg), device=t.device), cfg
-    )
+    c = torch.arange(num_compress_blocks(num_tokens, cfg), device=t.device)
+    return sees_compressed(t, c, cfg, each_query(document_starts))
 
 
 def sliding_window(
@@ -90,10 +112,12 @@ def sliding_window(
     cfg: NSAConfig,
     device: Device = None,
     positions: Int[Tensor, "*B T"] | None = None,
+    document_starts: Starts = None,
 ) -> Bool[Tensor, "*B T K"]:
     """`in_window` of every query and key."""
     t = query_positions(num_tokens, device, positions)[..., None]
-    return in_window(t, torch.arange(num_tokens, device=t.device), cfg)
+    s = torch.arange(num_tokens, device=t.device)
+    return in_window(t, s, cfg, each_query(document_starts))
 
 
 def ring_positions(num_tokens: Int[Tensor, " B"], size: int) -> Int[Tensor, "B size"]:
@@ -131,11 +155,12 @@ def eligible(
     cfg: NSAConfig,
     device: Device = None,
     positions: Int[Tensor, "*B T"] | None = None,
+    document_starts: Starts = None,
 ) -> Bool[Tensor, "*B T S"]:
-    """The selection blocks a query may keep: those that have begun; all, if not causal."""
+    """The selection blocks a query may keep: its document's that have begun; all, if not causal."""
     own = query_positions(num_tokens, device, positions)[..., None] // cfg.selection_block_size
     s = torch.arange(num_selection_blocks(num_tokens, cfg), device=own.device)
-    return (s <= own) | (not cfg.causal)
+    return ((s <= own) & (s >= first_block(document_starts, cfg))) | (not cfg.causal)
 
 
 def priority(
@@ -143,6 +168,7 @@ def priority(
     cfg: NSAConfig,
     device: Device = None,
     positions: Int[Tensor, "*B T"] | None = None,
+    document_starts: Starts = None,
 ) -> Int[Tensor, "*B T S"]:
     """Which blocks are kept whatever they score: OWN, then INITIAL, then the other LOCAL ones.
 
@@ -152,17 +178,23 @@ def priority(
     s = torch.arange(num_selection_blocks(num_tokens, cfg), device=own.device)
     before = own - s  # blocks between s and the own one
     local = (before > 0) & (before < cfg.num_local_blocks)
-    rank = torch.full_like(before, FREE).masked_fill(local, LOCAL)
-    rank = rank.masked_fill(s < cfg.num_initial_blocks, INITIAL).masked_fill(before == 0, OWN)
-    return rank.masked_fill(~eligible(num_tokens, cfg, device, positions), INELIGIBLE)
+    initial = s - first_block(document_starts, cfg) < cfg.num_initial_blocks
+    rank = torch.where(initial, INITIAL, torch.where(local, LOCAL, FREE))
+    rank = rank.masked_fill(before == 0, OWN)
+    may = eligible(num_tokens, cfg, device, positions, document_starts)
+    return rank.masked_fill(~may, INELIGIBLE)
 
 
 def causal(
-    num_tokens: int, device: Device = None, positions: Int[Tensor, "*B T"] | None = None
+    num_tokens: int,
+    device: Device = None,
+    positions: Int[Tensor, "*B T"] | None = None,
+    document_starts: Starts = None,
 ) -> Bool[Tensor, "*B T K"]:
-    """A query sees its own token and those before it."""
+    """A query sees its own token and those of its document before it."""
     t = query_positions(num_tokens, device, positions)[..., None]
-    return torch.arange(num_tokens, device=t.device) <= t
+    s = torch.arange(num_tokens, device=t.device)
+    return s <= t if document_starts is None else (s <= t) & (s >= document_starts[..., None])
 
 
 def per_block(block_indices: Int[Tensor, "B T G N"], values: Tensor, num_blocks: int) -> Tensor:
@@ -180,6 +212,7 @@ def selected_tokens(
     num_tokens: int,
     cfg: NSAConfig,
     positions: Int[Tensor, "B T"] | None = None,
+    document_starts: Starts = None,
 ) -> Bool[Tensor, "B T G K"]:
     """The tokens that lie in a selected block and, if causal, not in the future."""
     device = block_indices.device
@@ -189,7 +222,9 @@ def selected_tokens(
         num_selection_blocks(num_tokens, cfg),
     )
     hit = chosen[..., own_block(num_tokens, cfg, device)]
-    return hit & causal(num_tokens, device, positions).unsqueeze(-2) if cfg.causal else hit
+    if not cfg.causal:
+        return hit
+    return hit & causal(num_tokens, device, positions, document_starts).unsqueeze(-2)
 
 
 def keys_per_query(

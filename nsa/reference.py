@@ -19,10 +19,11 @@ Memory keys, Nm of them, stand before the compressed ones. Scores are kept as [B
 Softmax and importance are computed in float32 or better, whatever the inputs.
 
 Queries stand at the T tokens that there are, or at `positions` among `num_tokens`: the latter is
-decoding, with keys from a cache.
+decoding, with keys from a cache. `document_starts` separates documents that share a row (`blocks`).
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,13 +102,15 @@ def compressed_attention(
     *,
     positions: Int[Tensor, "B T"] | None = None,
     num_tokens: int | None = None,
+    document_starts: blocks.Starts = None,
 ) -> tuple[Float[Tensor, "B T H Dv"], Float[Tensor, "B T H"]]:
     """Attention over compressed keys (eq. 7), and the natural-log sum of exponents of its scores.
 
     Memory keys are always visible and take part in both. Where nothing is visible the output is 0
     and lse is -inf. Both are differentiable.
     """
-    mask = blocks.compress_visible(num_tokens or q.shape[1], cfg, q.device, positions)
+    num_tokens = num_tokens or q.shape[1]
+    mask = blocks.compress_visible(num_tokens, cfg, q.device, positions, document_starts)
     if mem_k is not None and mem_v is not None:
         batch, num_memories = q.shape[0], mem_k.shape[1]
         k_cmp = torch.cat([repeat(mem_k, "G Nm D -> B Nm G D", B=batch), k_cmp], dim=1)
@@ -128,6 +131,7 @@ def block_importance(
     *,
     positions: Int[Tensor, "B T"] | None = None,
     num_tokens: int | None = None,
+    document_starts: blocks.Starts = None,
 ) -> Float[Tensor, "B T J S"]:
     """How much each query makes of each selection block (eq. 8-10); J is G, or H if not shared.
 
@@ -139,11 +143,11 @@ def block_importance(
         scores = rearrange(scores, "B G R T C -> B (G R) 1 T C")
         lse = rearrange(lse, "B G R T -> B (G R) 1 T")
     scores = scores.to(_at_least_float32(scores))
-    visible = for_all_heads(blocks.compress_visible(num_tokens, cfg, q.device, positions))
+    visible = blocks.compress_visible(num_tokens, cfg, q.device, positions, document_starts)
     overlap = blocks.block_overlap(num_tokens, cfg, q.device).to(scores)
     rule = RULES[cfg.importance] if isinstance(cfg.importance, str) else cfg.importance
     with full_precision(q.device.type):  # a ranking hangs on these sums
-        importance = rule(scores, lse, visible, overlap)
+        importance = rule(scores, lse, for_all_heads(visible), overlap)
     return rearrange(importance, "B J T S -> B T J S")
 
 
@@ -157,6 +161,7 @@ def select_blocks(
     *,
     positions: Int[Tensor, "B T"] | None = None,
     num_tokens: int | None = None,
+    document_starts: blocks.Starts = None,
 ) -> Int[Tensor, "B T J N"]:
     """The n blocks each query keeps (eq. 11), int32: ascending, distinct, -1 in empty slots.
 
@@ -164,11 +169,9 @@ def select_blocks(
     computed importances are equal. Importances that are equal on paper may differ by the rounding
     of their sums. Always n = cfg.num_selected_blocks wide. Not differentiable.
     """
-    num_tokens = num_tokens or q.shape[1]
-    importance = block_importance(
-        q, k_cmp, lse, cfg, shared, positions=positions, num_tokens=num_tokens
-    )
-    return top_blocks(importance, cfg, positions=positions, num_tokens=num_tokens)
+    at: dict[str, Any] = dict(positions=positions, num_tokens=num_tokens or q.shape[1])
+    at["document_starts"] = document_starts
+    return top_blocks(block_importance(q, k_cmp, lse, cfg, shared, **at), cfg, **at)
 
 
 def top_blocks(
@@ -177,10 +180,11 @@ def top_blocks(
     *,
     positions: Int[Tensor, "B T"] | None = None,
     num_tokens: int | None = None,
+    document_starts: blocks.Starts = None,
 ) -> Int[Tensor, "B T J N"]:
     """The blocks that `select_blocks` keeps where these are the importances."""
-    num_blocks = importance.shape[-1]
-    rank = blocks.priority(num_tokens or importance.shape[1], cfg, importance.device, positions)
+    num_blocks, num_tokens = importance.shape[-1], num_tokens or importance.shape[1]
+    rank = blocks.priority(num_tokens, cfg, importance.device, positions, document_starts)
     rank = rank.unsqueeze(-2)
     forced = rank.to(importance) * (torch.finfo(importance.dtype).max / 4)  # above any importance
     score = torch.where(rank > blocks.FREE, forced, importance)
@@ -199,6 +203,8 @@ def selected_importance(
     block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
     mem_k: Float[Tensor, "G Nm D"] | None = None,
+    *,
+    document_starts: blocks.Starts = None,
 ) -> Float[Tensor, "B T J N"]:
     """`block_importance` of the chosen blocks, 0 in empty slots: what `use_diff_topk` trains.
 
@@ -207,7 +213,7 @@ def selected_importance(
     the whole gradient of q, k_cmp and mem_k itself, and none of lse.
     """
     shared = block_indices.shape[2] == k_cmp.shape[2]
-    importance = block_importance(q, k_cmp, lse, cfg, shared)
+    importance = block_importance(q, k_cmp, lse, cfg, shared, document_starts=document_starts)
     chosen = importance.gather(-1, block_indices.long().clamp(min=0))
     return chosen.masked_fill(block_indices < 0, 0.0)
 
@@ -221,6 +227,7 @@ def selected_attention(
     block_gates: Float[Tensor, "B T J N"] | None = None,
     *,
     positions: Int[Tensor, "B T"] | None = None,
+    document_starts: blocks.Starts = None,
 ) -> Float[Tensor, "B T H Dv"]:
     """Attention over the tokens of the selected blocks (eq. 12).
 
@@ -233,14 +240,14 @@ def selected_attention(
     def by_group(x: Tensor) -> Tensor:
         return rearrange(x, "B T (G R) K -> B G R T K", G=groups)
 
-    mask = by_group(blocks.selected_tokens(block_indices, num_tokens, cfg, positions))
+    seen = blocks.selected_tokens(block_indices, num_tokens, cfg, positions, document_starts)
     scores = scaled_scores(q, k)
     if block_gates is not None:
         num_blocks = blocks.num_selection_blocks(num_tokens, cfg)
         gates = blocks.per_block(block_indices, block_gates, num_blocks)
         own = blocks.own_block(num_tokens, cfg, q.device)
         scores = scores * by_group(gates[..., own]).to(scores)
-    return attend(scores, v, mask)[0]
+    return attend(scores, v, by_group(seen))[0]
 
 
 def sliding_window_attention(
@@ -251,13 +258,14 @@ def sliding_window_attention(
     *,
     positions: Int[Tensor, "B T"] | None = None,
     key_positions: Int[Tensor, "B K"] | None = None,
+    document_starts: blocks.Starts = None,
 ) -> Float[Tensor, "B T H Dv"]:
     """Attention over the last w tokens, the query's own included.
 
     Keys of a cache come in any order, with their positions; negative ones are no keys.
     """
     if positions is None or key_positions is None:
-        mask = blocks.sliding_window(q.shape[1], cfg, q.device)
+        mask = blocks.sliding_window(q.shape[1], cfg, q.device, document_starts=document_starts)
     else:
         s = key_positions[:, None]
         mask = blocks.in_window(positions[..., None], s, cfg) & (s >= 0)
