@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nsa import blocks, decoding, ops
 from nsa.backends import resolve_backend
+from nsa.blocks import Starts
 from nsa.branches import attend_branches, gated_attention
 from nsa.cache import LayerCache, sparse_cache
 from nsa.compress_networks import BlockCompressor, CompressMLP, check_folds
@@ -128,9 +129,10 @@ class SparseAttention(ProjectingLayer):
             causal=causal,
             importance=importance_rule(importance),
         )
+        self.document_alignment = selection_block_size  # a multiple of d: where both blocks begin
         groups = check_heads(heads, kv_heads, dim_head)
         self.use_diff_topk = use_diff_topk and num_selected_blocks > 0
-        self.shared_selection = query_heads_share_selected_kv
+        self.causal, self.shared_selection = causal, query_heads_share_selected_kv
         self.compressed_output = compressed_output
         self.backend = self._resolve_backend(backend, num_compressed_mem_kv)
         phi = compress_mlp
@@ -192,6 +194,7 @@ class SparseAttention(ProjectingLayer):
         return_cache: bool = False,
         *,
         counts: Int[Tensor, " B"] | None = None,
+        document_starts: Starts = None,
     ) -> Any:
         """Tokens [B T M]; with return_cache also the cache of what has been seen so far.
 
@@ -200,17 +203,21 @@ class SparseAttention(ProjectingLayer):
                 makes an empty one, which grows as tokens come.
             counts: with a cache, how many of the T tokens each sequence has; the others, at the
                 end, are padding.
+            document_starts: int32, for each token the first token of its document (see
+                `nsa.documents`), a multiple of `selection_block_size`; no cache then.
         """
         check_tokens(tokens, self.to_q.in_features)
+        self.check_documents(document_starts, tokens, caches=cache is not None or return_cache)
         if cache is None and not return_cache:
-            return self.to_out(self.gated_sum(self._project(tokens)).flatten(-2))
+            x = self._project(tokens, document_starts)
+            return self.to_out(self.gated_sum(x).flatten(-2))
         cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
         out = self.to_out(decoding.sparse_attention(self, tokens, cache, counts).flatten(-2))
         return (out, cache) if return_cache else out
 
     def gated_sum(self, x: Projected) -> Float[Tensor, "B T H D"]:
         """The branches, weighed by their gates (eq. 5)."""
-        known = control_blocks(self, x.q_rot, x.k_slc)
+        known = control_blocks(self, x.q_rot, x.k_slc, document_starts=x.document_starts)
         return gated_attention(x, self.cfg, block_indices=known, **self._rules)
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
@@ -218,13 +225,20 @@ class SparseAttention(ProjectingLayer):
         like = like_keys(self, batch)
         return sparse_cache(self.cfg, like, capacity, values=self.compressed_output)
 
-    def branches(self, tokens: Float[Tensor, "B T M"], cache: LayerCache | None = None) -> Branches:
+    def branches(
+        self,
+        tokens: Float[Tensor, "B T M"],
+        cache: LayerCache | None = None,
+        *,
+        document_starts: Starts = None,
+    ) -> Branches:
         """The outputs of the three branches, their gates and the selected blocks."""
         check_tokens(tokens, self.to_q.in_features)
+        self.check_documents(document_starts, tokens, caches=cache is not None)
         if cache is not None:
             return decoding.sparse_branches(self, tokens, cache)
-        x = self._project(tokens)
-        known = control_blocks(self, x.q_rot, x.k_slc)
+        x = self._project(tokens, document_starts)
+        known = control_blocks(self, x.q_rot, x.k_slc, document_starts=document_starts)
         return attend_branches(x, self.cfg, block_indices=known, **self._rules)
 
     @property
@@ -236,8 +250,8 @@ class SparseAttention(ProjectingLayer):
             compressed_output=self.compressed_output,
         )
 
-    def _project(self, tokens: Float[Tensor, "B T M"]) -> Projected:
-        return self.compress_and_rotate(self.split_heads(tokens))
+    def _project(self, tokens: Float[Tensor, "B T M"], document_starts: Starts = None) -> Projected:
+        return self.compress_and_rotate(self.split_heads(tokens), document_starts)
 
     def split_heads(self, tokens: Float[Tensor, "B T M"]) -> Heads:
         """Queries, the keys and values of each branch, and gates."""
@@ -247,10 +261,10 @@ class SparseAttention(ProjectingLayer):
         gates = split_gates(self.to_gates(tokens), self.heads).sigmoid()
         return Heads(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
 
-    def compress_and_rotate(self, heads: Heads) -> Projected:
+    def compress_and_rotate(self, heads: Heads, document_starts: Starts = None) -> Projected:
         """What the branches of a whole sequence are computed from."""
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = heads
-        angles = self.rotary.angles(q.shape[1], q.device)
+        angles = self.rotary.angles(q.shape[1], q.device, document_starts)
         q_rot, k_slc, k_win = (
             ops.rotate(x, angles, backend=self.backend) for x in (q, k_slc, k_win)
         )
@@ -259,7 +273,8 @@ class SparseAttention(ProjectingLayer):
         # Where only the lse counts, any values do.
         v_cmp = k_cmp if self.compress_v is None else self.compress_v(v_cmp)
         mem_k, mem_v = self.memory(q)
-        return Projected(q, k_cmp, v_cmp, mem_k, mem_v, q_rot, k_slc, v_slc, k_win, v_win, gates)
+        kv = k_slc, v_slc, k_win, v_win
+        return Projected(q, k_cmp, v_cmp, mem_k, mem_v, q_rot, *kv, gates, document_starts)
 
     def memory(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Memory keys and values in a tensor's dtype; None twice if there are none."""

@@ -31,7 +31,7 @@ class Backend:
         append_token, append_block, cached_attention: one step of decoding (`nsa.decoding`); None
             for all three decodes in plain torch.
         importances: the names of the rules it has; None for any rule, one's own included.
-        covers: options, spelled as one sets them in `SparseAttention`.
+        covers: options, spelled as one sets them in `SparseAttention` or in its `forward`.
         reasons: why it lacks an option, for the message that refuses it.
     """
 
@@ -56,6 +56,7 @@ class Backend:
 OPTIONS = frozenset(
     {
         "causal=False",
+        "document_starts",
         "num_compressed_mem_kv",
         "query_heads_share_selected_kv=False",
         "use_diff_topk=True",
@@ -108,7 +109,7 @@ if find_spec("triton"):
         append_block=kernels.append_block,
         cached_attention=kernels.cached_attention,
         importances=frozenset({"probability_sum", "logit_mean"}),
-        covers=OPTIONS,
+        covers=OPTIONS - {"document_starts"},
     )
 
 

@@ -31,6 +31,7 @@ def gated_attention(
             one on every backend.
         block_indices: the selected blocks, if they are known; None selects them.
     """
+    told = {"document_starts": x.document_starts, "backend": backend}
     plain = compressed_output and cfg.num_selected_blocks and not use_diff_topk
     if not plain or BACKENDS[backend].gated_attention is None:
         *branches, gates, _ = attend_branches(
@@ -40,13 +41,13 @@ def gated_attention(
         return ops.combine(gates, *branches, backend=backend)
     q, k_cmp, v_cmp = x.q.detach(), x.k_cmp.detach(), x.v_cmp.detach()
     memory = (None if mem is None else mem.detach() for mem in (x.mem_k, x.mem_v))
-    compressed, lse = ops.compressed_attention(q, k_cmp, v_cmp, cfg, *memory, backend=backend)
+    compressed, lse = ops.compressed_attention(q, k_cmp, v_cmp, cfg, *memory, **told)
     if block_indices is None:
-        block_indices = ops.select_blocks(q, k_cmp, lse, cfg, shared, backend=backend)
+        block_indices = ops.select_blocks(q, k_cmp, lse, cfg, shared, **told)
     return ops.gated_attention(
         x.gates, x.q, x.k_cmp, x.v_cmp, compressed, lse,
         x.q_rot, x.k_slc, x.v_slc, block_indices, x.k_win, x.v_win,
-        cfg, x.mem_k, x.mem_v, backend=backend,
+        cfg, x.mem_k, x.mem_v, **told,
     )  # fmt: skip
 
 
@@ -61,22 +62,21 @@ def attend_branches(
     block_indices: Int[Tensor, "B T J N"] | None = None,
 ) -> Branches:
     """The branches one by one; arguments as in `gated_attention`."""
-    compressed, lse = ops.compressed_attention(
-        x.q, x.k_cmp, x.v_cmp, cfg, x.mem_k, x.mem_v, backend=backend
-    )
+    told = {"document_starts": x.document_starts, "backend": backend}
+    compressed, lse = ops.compressed_attention(x.q, x.k_cmp, x.v_cmp, cfg, x.mem_k, x.mem_v, **told)
     if not compressed_output:
         compressed = torch.zeros_like(x.q)
     if block_indices is None:
-        block_indices = ops.select_blocks(x.q, x.k_cmp, lse, cfg, shared, backend=backend)
+        block_indices = ops.select_blocks(x.q, x.k_cmp, lse, cfg, shared, **told)
     selected = torch.zeros_like(x.q)
     if cfg.num_selected_blocks:
         block_gates = None
         if use_diff_topk:
             block_gates = straight_through_gates(x, lse, block_indices, cfg, backend=backend)
         selected = ops.selected_attention(
-            x.q_rot, x.k_slc, x.v_slc, block_indices, cfg, block_gates, backend=backend
+            x.q_rot, x.k_slc, x.v_slc, block_indices, cfg, block_gates, **told
         )
-    sliding = ops.sliding_window_attention(x.q_rot, x.k_win, x.v_win, cfg, backend=backend)
+    sliding = ops.sliding_window_attention(x.q_rot, x.k_win, x.v_win, cfg, **told)
     return Branches(compressed, selected, sliding, x.gates, block_indices)
 
 
@@ -90,6 +90,7 @@ def straight_through_gates(
 ) -> Float[Tensor, "B T J N"]:
     """Ones whose gradient is that of the selected blocks' importances, for `use_diff_topk`."""
     chosen = ops.selected_importance(
-        x.q, x.k_cmp, lse, block_indices, cfg, x.mem_k, backend=backend
-    )
+        x.q, x.k_cmp, lse, block_indices, cfg, x.mem_k,
+        document_starts=x.document_starts, backend=backend,
+    )  # fmt: skip
     return 1.0 + (chosen - chosen.detach())

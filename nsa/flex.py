@@ -31,14 +31,37 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, que
 
 
 def create_sliding_mask(
-    seq_len: int, window_size: int, causal: bool = True, device: blocks.Device = None
+    seq_len: int,
+    window_size: int,
+    causal: bool = True,
+    device: blocks.Device = None,
+    *,
+    document_starts: blocks.Starts = None,
 ) -> BlockMask:
     """Exactly `window_size` keys, the query's own included; if not causal, on either side of it."""
     cfg = NSAConfig(sliding_window_size=window_size, causal=causal)
     first, last = _tile_edges(seq_len, device)
     shown = first[:, None] - last < window_size  # from the tile's first query to its last key
     shown &= first <= last[:, None] if causal else first - last[:, None] < window_size
-    return _from_tiles(shown[None, None], lambda b, h, t, s: blocks.in_window(t, s, cfg), seq_len)
+    if document_starts is None:
+        return _from_tiles(
+            shown[None, None], lambda b, h, t, s: blocks.in_window(t, s, cfg), seq_len
+        )
+    return _from_tiles(
+        (shown & _tiles_of_documents(document_starts))[:, None],
+        lambda b, h, t, s: blocks.in_window(t, s, cfg, document_starts[b, t]),
+        seq_len,
+    )
+
+
+def create_document_mask(document_starts: Int[Tensor, "B T"]) -> BlockMask:
+    """All tokens so far of each query's document."""
+    seq_len = document_starts.shape[1]
+    first, last = _tile_edges(seq_len, document_starts.device)
+    shown = (first <= last[:, None]) & _tiles_of_documents(document_starts)
+    return _from_tiles(
+        shown[:, None], lambda b, h, t, s: (s <= t) & (s >= document_starts[b, t]), seq_len
+    )
 
 
 def create_compress_mask(
@@ -109,12 +132,14 @@ def selected_attention(
     block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
     block_gates: Float[Tensor, "B T J N"] | None = None,
+    *,
+    document_starts: blocks.Starts = None,
 ) -> Float[Tensor, "B T H Dv"]:
-    """`reference.selected_attention`, without gates."""
+    """`reference.selected_attention`, without gates. Selected blocks lie in a query's document."""
     if block_gates is not None:
         raise ValueError("backend='flex' takes no block_gates: use backend='torch'")
     fine_mask = create_fine_mask(q.shape[1], cfg.selection_block_size, cfg.causal)
-    return _attend(q, k, v, fine_mask(block_indices, q.shape[2] // block_indices.shape[2]))
+    return attend(q, k, v, fine_mask(block_indices, q.shape[2] // block_indices.shape[2]))
 
 
 def sliding_window_attention(
@@ -122,14 +147,21 @@ def sliding_window_attention(
     k: Float[Tensor, "B T G D"],
     v: Float[Tensor, "B T G Dv"],
     cfg: NSAConfig,
+    *,
+    document_starts: blocks.Starts = None,
 ) -> Float[Tensor, "B T H Dv"]:
     """`reference.sliding_window_attention`."""
-    return _attend(
-        q, k, v, create_sliding_mask(q.shape[1], cfg.sliding_window_size, cfg.causal, q.device)
-    )
+    sizes = q.shape[1], cfg.sliding_window_size, cfg.causal, q.device
+    return attend(q, k, v, create_sliding_mask(*sizes, document_starts=document_starts))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+def attend(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T G D"],
+    v: Float[Tensor, "B T G Dv"],
+    mask: BlockMask,
+) -> Float[Tensor, "B T H Dv"]:
+    """FlexAttention on our layout: compiled on a GPU, eager and without gradients on a CPU."""
     device = q.device.type
     if torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
@@ -172,6 +204,12 @@ def _tile_edges(seq_len: int, device: blocks.Device) -> tuple[Int[Tensor, " Q"],
     """The first and the last position of each tile."""
     first = torch.arange(0, seq_len, TILE, device=device)
     return first, (first + TILE - 1).clamp(max=seq_len - 1)
+
+
+def _tiles_of_documents(document_starts: Int[Tensor, "B T"]) -> Bool[Tensor, "B Q K"]:
+    """The tiles that hold some key behind the start of their first query's document."""
+    first, last = _tile_edges(document_starts.shape[1], document_starts.device)
+    return last >= document_starts[:, first, None]
 
 
 def _tiles_of_blocks(

@@ -46,3 +46,4 @@ class Projected(NamedTuple):
     k_win: Float[Tensor, "B T G D"]
     v_win: Float[Tensor, "B T G D"]
     gates: Float[Tensor, "B T H 3"]
+    document_starts: Int[Tensor, "B T"] | None = None  # see nsa.documents; None: one a row

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nsa.cache import LayerCache
+from nsa.documents import check_documents, check_no_cache
 from nsa.rotary import Rotary
 
 
@@ -21,11 +22,15 @@ class AttentionLayer(nn.Module, ABC):
 
     A subclass sets `heads` and `dim_head`, ends in the linear layer `to_out` (initialised smaller
     in deeper models), and says what its queries read, so that a model's cost can be counted.
+
+    A layer that keeps the documents of a row apart takes `document_starts` in `forward`, and says
+    by `document_alignment` at multiples of which token they must start; None: it does not.
     """
 
     heads: int
     dim_head: int
     to_out: nn.Linear
+    document_alignment: int | None = None
 
     @abstractmethod
     def keys_per_query(self, num_tokens: int) -> dict[str, Int[Tensor, " T"]]:
@@ -61,6 +66,7 @@ class HeadNorm(nn.RMSNorm):
 class ProjectingLayer(AttentionLayer):
     """A layer kind that projects its normed input to rotated queries, keys and values."""
 
+    causal: bool
     kv_heads: int
     kv_layout: tuple[int, ...]
     rotary: Rotary
@@ -93,6 +99,20 @@ class ProjectingLayer(AttentionLayer):
             self.q_norm = HeadNorm(self.dim_head)
             places = sorted(set(self.kv_layout[::2]))
             self.k_norms = nn.ModuleDict({str(i): HeadNorm(self.dim_head) for i in places})
+
+    def check_documents(
+        self, document_starts: Tensor | None, tokens: Tensor, *, caches: bool
+    ) -> None:
+        """Raises ValueError for documents that are not laid out for this layer, or not for it."""
+        if document_starts is None:
+            return
+        check_no_cache(document_starts, caches)
+        if not self.causal:
+            raise ValueError(
+                "document_starts with causal=False: documents that share a row need causal=True"
+            )
+        num_rows, num_tokens = tokens.shape[:2]
+        check_documents(document_starts, num_rows, num_tokens, self.document_alignment or 1)
 
     def project(
         self, tokens: Float[Tensor, "B T M"]

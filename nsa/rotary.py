@@ -166,9 +166,17 @@ class Rotary:
             return frequencies
         return frequencies * self.scaling.slowing(self.dim_head, self.base, device)
 
-    def angles(self, num_tokens: int, device: Device = None) -> Float[Tensor, "T half"]:
-        """Angles in radians of positions 0, 1, …"""
-        return self.angles_at(torch.arange(num_tokens, device=device))
+    def angles(
+        self,
+        num_tokens: int,
+        device: Device = None,
+        document_starts: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "*B T half"]:
+        """Angles in radians of positions 0, 1, …, which begin anew with each document."""
+        positions = torch.arange(num_tokens, device=device)
+        if document_starts is not None:
+            positions = positions - document_starts
+        return self.angles_at(positions)
 
     def angles_at(self, positions: Int[Tensor, "*B T"]) -> Float[Tensor, "*B T half"]:
         """Angles in radians of any positions."""

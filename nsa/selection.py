@@ -36,23 +36,26 @@ def control_blocks(
     k: Float[Tensor, "B K G D"],
     *,
     positions: Int[Tensor, "B T"] | None = None,
+    document_starts: blocks.Starts = None,
 ) -> Int[Tensor, "B T J N"] | None:
     """The blocks of a `SparseAttention` whose selection is a control; None where it is learned.
 
     Args:
         q, k: rotated queries and keys of the selected branch.
         positions: where the queries stand; None: at each of the K tokens.
+        document_starts: see `nsa.documents`.
     """
+    at = {"positions": positions, "document_starts": document_starts}
     cfg, shared = attn.cfg, attn.shared_selection
     if attn.selection == "oracle":
-        return oracle_blocks(q, k, cfg, shared, positions=positions)
+        return oracle_blocks(q, k, cfg, shared, **at)
     if attn.selection != "random":
         return None
     seeds = torch.full((len(q),), attn.selection_seed, device=q.device)
     if attn.training:
         seeds = torch.randint(1 << 31, (len(q),), device=q.device)
     heads = k.shape[2] if shared else q.shape[2]
-    return random_blocks(seeds, heads, k.shape[1], cfg, positions=positions)
+    return random_blocks(seeds, heads, k.shape[1], cfg, **at)
 
 
 def random_blocks(
@@ -62,8 +65,11 @@ def random_blocks(
     cfg: NSAConfig,
     *,
     positions: Int[Tensor, "B T"] | None = None,
+    document_starts: blocks.Starts = None,
 ) -> Int[Tensor, "B T J N"]:
     """Blocks by numbers that depend on seed, query, head and block alone, on any device.
+
+    Queries and blocks are counted from the start of their document.
 
     Args:
         seeds: one a sequence.
@@ -74,9 +80,13 @@ def random_blocks(
     t = blocks.query_positions(num_tokens, seeds.device, positions)
     j = torch.arange(heads, device=t.device)
     s = torch.arange(blocks.num_selection_blocks(num_tokens, cfg), device=t.device)
+    if document_starts is not None:
+        first = document_starts // cfg.selection_block_size
+        t, s = t - document_starts, s - first[..., None, None]
     drawn = mixed(seeds[:, None] + mixed(t + 1))  # [B T]
     drawn = mixed(mixed(drawn[..., None] + j)[..., None] + s)  # [B T J S]
-    return reference.top_blocks(drawn.double(), cfg, positions=positions, num_tokens=num_tokens)
+    at = {"positions": positions, "document_starts": document_starts}
+    return reference.top_blocks(drawn.double(), cfg, num_tokens=num_tokens, **at)
 
 
 def mixed(x: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
@@ -95,10 +105,12 @@ def oracle_blocks(
     shared: bool = True,
     *,
     positions: Int[Tensor, "B T"] | None = None,
+    document_starts: blocks.Starts = None,
 ) -> Int[Tensor, "B T J N"]:
     """The blocks of the largest `attention_mass`."""
-    mass = attention_mass(q, k, cfg, shared, positions=positions)
-    return reference.top_blocks(mass, cfg, positions=positions, num_tokens=k.shape[1])
+    at = {"positions": positions, "document_starts": document_starts}
+    mass = attention_mass(q, k, cfg, shared, **at)
+    return reference.top_blocks(mass, cfg, num_tokens=k.shape[1], **at)
 
 
 def attention_mass(
@@ -108,6 +120,7 @@ def attention_mass(
     shared: bool = True,
     *,
     positions: Int[Tensor, "B T"] | None = None,
+    document_starts: blocks.Starts = None,
 ) -> Float[Tensor, "B T J S"]:
     """The probability that dense attention over all visible keys gives to each selection block.
 
@@ -119,7 +132,7 @@ def attention_mass(
         at_least_float32 = torch.promote_types(q.dtype, torch.float32)
         scores = reference.scaled_scores(q.to(at_least_float32), k.to(at_least_float32))
         if cfg.causal:
-            seen = blocks.causal(num_tokens, q.device, positions)
+            seen = blocks.causal(num_tokens, q.device, positions, document_starts)
             scores = scores.masked_fill(~reference.for_all_heads(seen), float("-inf"))
         probs = scores.softmax(dim=-1)
     if shared:

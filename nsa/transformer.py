@@ -6,6 +6,7 @@ Letters: B batch, T tokens, M model width, V vocabulary.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from itertools import cycle, islice, repeat
+from math import lcm
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from nsa import cost
 from nsa.attention import Attention, SparseAttention, WindowAttention
 from nsa.cache import ModelCache
 from nsa.compress_networks import build_compress_network
+from nsa.documents import check_no_cache
 from nsa.layer import AttentionLayer
 from nsa.plugins import Spec, ask, find, label
 from nsa.sampling import Draw, Prompts, stream
@@ -165,6 +167,7 @@ class Transformer(nn.Module):
         *,
         counts: Int[Tensor, " B"] | None = None,
         only_last: bool = False,
+        document_starts: Int[Tensor, "B T"] | None = None,
     ) -> Any:
         """Logits [B T V]; with return_cache also the cache of what has been seen so far.
 
@@ -174,23 +177,47 @@ class Transformer(nn.Module):
             counts: with a cache, how many of the T tokens each sequence has; the others, at the
                 end, are padding.
             only_last: give the logits of each sequence's last token alone, [B 1 V].
+            document_starts: int32, for each token the first token of its document, a multiple of
+                `document_alignment`; None: a row is one document. See `nsa.documents`.
         """
         if ids.ndim != 2 or ids.is_floating_point():
             raise ValueError(
                 f"ids has shape {tuple(ids.shape)} and dtype {ids.dtype}: it must be whole numbers "
                 "of shape [batch, tokens]"
             )
+        check_no_cache(document_starts, cache is not None or return_cache)
+        if document_starts is not None:
+            self._check_documents()
         if cache is None and return_cache:
             cache = self.empty_cache(*ids.shape)
         tokens = self.embedding(ids)
         for block, kept in zip(self.layers, cache.layers if cache else repeat(None), strict=False):
-            tokens = block(tokens) if kept is None else block(tokens, kept, counts)
+            if kept is None:
+                tokens = block(tokens, document_starts=document_starts)
+            else:
+                tokens = block(tokens, kept, counts)
         if only_last and counts is not None:
             tokens = tokens[torch.arange(len(ids), device=ids.device), counts - 1][:, None]
         elif only_last:
             tokens = tokens[:, -1:]
         logits = self.head(self.norm(tokens))
         return (logits, cache) if return_cache else logits
+
+    def _check_documents(self) -> None:
+        if self.document_alignment is None:
+            layers = [block.attention for block in self.blocks]
+            mixing = {type(each).__name__ for each in layers if each.document_alignment is None}
+            raise ValueError(
+                f"document_starts: layers of kind {', '.join(sorted(mixing))} do not keep the "
+                "documents of a row apart; choose other layers, or pack the data as one stream"
+            )
+
+    @property
+    def document_alignment(self) -> int | None:
+        """At multiples of which token documents must start; None: a layer mixes documents."""
+        multiples = [block.attention.document_alignment for block in self.blocks]
+        known = [multiple for multiple in multiples if multiple is not None]
+        return lcm(*known) if len(known) == len(multiples) else None
 
     @property
     def has_cache(self) -> bool:

@@ -45,15 +45,20 @@ class Block(nn.Module):
         tokens: Float[Tensor, "B T M"],
         cache: LayerCache | None = None,
         counts: Int[Tensor, " B"] | None = None,
+        document_starts: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T M"]:
-        """`cache` and `counts` as in `SparseAttention.forward`; the cache takes the tokens in."""
+        """Arguments as in `SparseAttention.forward`; the cache takes the tokens in."""
         if cache is not None:
             tokens = tokens + self.attention(tokens, cache=cache, counts=counts)
             return tokens + self.feed_forward(tokens)
         if self.checkpoint is None:
-            return self._forward(tokens)
-        return self.checkpoint(self._forward, tokens)
+            return self._forward(tokens, document_starts)
+        return self.checkpoint(self._forward, tokens, document_starts)
 
-    def _forward(self, tokens: Float[Tensor, "B T M"]) -> Float[Tensor, "B T M"]:
-        tokens = tokens + self.dropout(self.attention(tokens))
+    def _forward(
+        self, tokens: Float[Tensor, "B T M"], document_starts: Int[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B T M"]:
+        # A layer kind of one's own need not know of documents.
+        told = {} if document_starts is None else {"document_starts": document_starts}
+        tokens = tokens + self.dropout(self.attention(tokens, **told))
         return tokens + self.dropout(self.feed_forward(tokens))

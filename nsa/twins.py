@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from nsa import blocks, decoding, ops
 from nsa.backends import resolve_backend
+from nsa.blocks import Starts
 from nsa.cache import LayerCache, dense_cache, window_cache
 from nsa.config import NSAConfig
+from nsa.dense import attend_within_documents
 from nsa.gates import zero_linear
 from nsa.layer import ProjectingLayer, check_heads, check_tokens, like_keys
 from nsa.rotary import Rotary, find_scaling, rotate
@@ -21,7 +23,7 @@ from nsa.rotary import Rotary, find_scaling, rotate
 class Twin(ProjectingLayer):
     """What both twins share: projections, rotation, and the choice between a cache and none."""
 
-    causal: bool
+    document_alignment = 1
     rotates_by: str = "torch"  # a backend
 
     def __init__(
@@ -49,21 +51,26 @@ class Twin(ProjectingLayer):
         return_cache: bool = False,
         *,
         counts: Int[Tensor, " B"] | None = None,
+        document_starts: Starts = None,
     ) -> Any:
-        """See `SparseAttention.forward`."""
+        """See `SparseAttention.forward`; documents may start anywhere."""
         check_tokens(tokens, self.to_q.in_features)
+        self.check_documents(document_starts, tokens, caches=cache is not None or return_cache)
         tokens = self.norm(tokens)
         project = partial(self._project, tokens)
         if cache is None and not return_cache:
-            return self._output(tokens, self._attend(*project()))
+            qkv = project(document_starts=document_starts)
+            return self._output(tokens, self._attend(*qkv, document_starts))
         cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
         decoding.make_room(cache, tokens.shape[1], causal=self.causal)
         out = self._output(tokens, self._attend_cached(project, cache, counts))
         return (out, cache) if return_cache else out
 
     @abstractmethod
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B T H D"]:
-        """Attention of a whole sequence."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, document_starts: Starts
+    ) -> Float[Tensor, "B T H D"]:
+        """Attention of a whole sequence, or of the documents in it."""
 
     @abstractmethod
     def _attend_cached(
@@ -80,15 +87,20 @@ class Twin(ProjectingLayer):
         self,
         tokens: Float[Tensor, "B T M"],
         positions: Callable[[int], Int[Tensor, "B T"]] | None = None,
+        *,
+        document_starts: Starts = None,
     ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T G D"], Float[Tensor, "B T G D"]]:
-        """Queries, keys and values of normed tokens that stand at `positions`, or at 0 … T - 1."""
+        """Queries, keys and values of normed tokens that stand at `positions`, or at 0 … T - 1.
+
+        The latter begin anew with each document.
+        """
         q, (k, v) = self.project(tokens)
         k = self.rotary.scale(k)
         num_tokens, backend = tokens.shape[1], self.rotates_by
         if positions is not None:
             angles = self.rotary.angles_at(positions(num_tokens))
             return rotate(q, angles), rotate(k, angles), v
-        angles = self.rotary.angles(num_tokens, tokens.device)
+        angles = self.rotary.angles(num_tokens, tokens.device, document_starts)
         return ops.rotate(q, angles, backend=backend), ops.rotate(k, angles, backend=backend), v
 
 
@@ -98,8 +110,9 @@ class Attention(Twin):
     `output_gate` multiplies each head's output by a sigmoid of the normed input, as NSA's gates
     do: zero weight and bias at the start (arXiv 2505.06708, headwise).
 
-    It has no `backend`: on every device it attends and rotates as PyTorch does. So what NSA is
-    compared with owes nothing to our kernels, and `compile` fuses the rotation as in any model.
+    It has no `backend`: on every device it attends and rotates as PyTorch does (documents that
+    share a row: `nsa.dense`). So what NSA is compared with owes nothing to our kernels, and
+    `compile` fuses the rotation as in any model.
     """
 
     def __init__(
@@ -123,7 +136,11 @@ class Attention(Twin):
         self.causal = causal
         self.to_gate = zero_linear(dim, heads) if output_gate else None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B T H D"]:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, document_starts: Starts
+    ) -> Float[Tensor, "B T H D"]:
+        if document_starts is not None:
+            return attend_within_documents(q, k, v, document_starts)
         return decoding.scaled_dot_product(q, k, v, causal=self.causal)
 
     def _attend_cached(
@@ -178,8 +195,12 @@ class WindowAttention(Twin):
             backend, options=() if causal else ("causal=False",)
         )
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B T H D"]:
-        return ops.sliding_window_attention(q, k, v, self.cfg, backend=self.backend)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, document_starts: Starts
+    ) -> Float[Tensor, "B T H D"]:
+        return ops.sliding_window_attention(
+            q, k, v, self.cfg, document_starts=document_starts, backend=self.backend
+        )
 
     def _attend_cached(
         self, project: decoding.Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
