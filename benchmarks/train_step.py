@@ -26,7 +26,7 @@ from callbacks.throughput import peak_flops_of
 from nsa.attention import SparseAttention, WindowAttention
 from nsa.backends import BACKENDS, resolve_backend
 from nsa.training import cuda_graphs, parallel
-from nsa.training.label_sums import label_sums
+from nsa.training.label_sums import AUTO, label_sums, resolve_cross_entropy
 from nsa.training.optimizers import build_optimizer
 from nsa.transformer import Transformer
 
@@ -139,6 +139,7 @@ class Step:
         replays_graphs: bool = False,
     ) -> None:
         self.model, self.device = model.to(device), device
+        self.cross_entropy = resolve_cross_entropy(AUTO, model.head.out_features)
         self.optimizer = build_optimizer(optimizer, self.model)
         shape = (batch, model.seq_len + 1)
         self.tokens = torch.randint(model.embedding.num_embeddings, shape, device=device)
@@ -158,7 +159,7 @@ class Step:
     def _learn(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         on_gpu = self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            sums = label_sums(self.model, batch["tokens"])
+            sums = label_sums(self.model, batch["tokens"], cross_entropy=self.cross_entropy)
             loss = sums.nats / sums.labels
         loss.backward()
         return loss.detach()

@@ -168,6 +168,7 @@ class Transformer(nn.Module):
         counts: Int[Tensor, " B"] | None = None,
         only_last: bool = False,
         document_starts: Int[Tensor, "B T"] | None = None,
+        return_hidden: bool = False,
     ) -> Any:
         """Logits [B T V]; with return_cache also the cache of what has been seen so far.
 
@@ -179,6 +180,7 @@ class Transformer(nn.Module):
             only_last: give the logits of each sequence's last token alone, [B 1 V].
             document_starts: int32, for each token the first token of its document, a multiple of
                 `document_alignment`; None: a row is one document. See `nsa.documents`.
+            return_hidden: give what the head reads, [B T M], in place of the logits.
         """
         if ids.ndim != 2 or ids.is_floating_point():
             raise ValueError(
@@ -200,8 +202,9 @@ class Transformer(nn.Module):
             tokens = tokens[torch.arange(len(ids), device=ids.device), counts - 1][:, None]
         elif only_last:
             tokens = tokens[:, -1:]
-        logits = self.head(self.norm(tokens))
-        return (logits, cache) if return_cache else logits
+        hidden = self.norm(tokens)
+        out = hidden if return_hidden else self.head(hidden)
+        return (out, cache) if return_cache else out
 
     def _check_documents(self) -> None:
         if self.document_alignment is None:

@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")  # PyTorch's names
 
+OF_MODULE = (  # what the LightningModule is made of
+    *("model", "optimizer", "scheduler"),
+    *("compile", "activation_checkpointing", "cross_entropy"),
+)
 REFUSALS = (ValueError, OSError, InstantiationException)  # of a config, before training
 
 
@@ -54,8 +58,7 @@ def build(cfg: DictConfig) -> Run:
         "weights"
     )  # where a run starts from does not belong to its model
     torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
-    parts = ("model", "optimizer", "scheduler", "compile", "activation_checkpointing")
-    module = NSALightningModule(**{part: settings[part] for part in parts})
+    module = NSALightningModule(**{part: settings[part] for part in OF_MODULE})
     trainer = build_trainer(cfg)
     module.check_trainer(trainer)
     time_limit.limit_start(cfg.max_time_per_start, trainer)
@@ -216,6 +219,7 @@ def summary(run: Run, cfg: DictConfig, room: Room | None) -> str:
         "memory": room and f"{room.expected / 2**30:.1f} of {room.free / 2**30:.1f} GiB expected",
         "backend": ", ".join(backends),
         "precision": f"{trainer.precision}, float32 products: {products}",
+        "cross-entropy": run.module.cross_entropy,
         "run folder": cfg.run_dir,
     }
     return "\n".join(f"{label:>16}  {value}" for label, value in rows.items() if value)

@@ -16,7 +16,7 @@ from data.base import TokenDataModule
 from data.sampler import EvalWindows
 from data.tasks.datamodule import RecallDataModule
 from nsa.attention import SparseAttention
-from nsa.training.label_sums import NOT_SCORED, label_sums
+from nsa.training.label_sums import AUTO, NOT_SCORED, label_sums, resolve_cross_entropy
 from nsa.transformer import Transformer
 
 Window = dict[str, Tensor]  # tokens [T + 1], and scored [T] where not all labels count
@@ -37,6 +37,7 @@ class Scorer:
         self.model, self.corpus, self.options, self.window = model.eval(), corpus, options, window
         self.device = model.embedding.weight.device
         self.metric = corpus.metric
+        self.cross_entropy = resolve_cross_entropy(AUTO, model.head.out_features)
         self.layers = {
             index: block.attention
             for index, block in enumerate(model.blocks)
@@ -67,8 +68,9 @@ class Scorer:
         for each in self.batches(windows, about, batch):
             with self.autocast():
                 sums = label_sums(
-                    self.model, each["tokens"], each.get("scored"), counts_correct=True
-                )
+                    self.model, each["tokens"], each.get("scored"),
+                    counts_correct=True, cross_entropy=self.cross_entropy,
+                )  # fmt: skip
             totals += torch.stack([part.double().cpu() for part in sums if part is not None])
         nats, labels, correct = totals.tolist()
         per_token = self.corpus.bytes_per_token(self.options.split)

@@ -97,7 +97,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train as `kind` says, in every rank of a run; what it saw."""
     torch.manual_seed(0)
-    own = {"compile", "activation_checkpointing"} & options.keys()
+    own = {"compile", "activation_checkpointing", "cross_entropy"} & options.keys()
     module_options = {name: options.pop(name) for name in own}
     model = MODEL | options.pop("model", {})
     module = NSALightningModule(model, ADAMW, COSINE, **module_options)
@@ -237,6 +237,7 @@ BF16 = {"precision": "bf16-mixed", "gradient_clip_val": 0.0}
 NSA = {"depth": 1, "layer_pattern": ["nsa"], "attention": ATTENTION | {"backend": "triton"}}
 TRITON = {"model": NSA, "max_steps": 2, "batch": 2}
 DENSE = {"model": {"layer_pattern": ["dense"], "dropout": 0.3}}
+LEAN = {"activation_checkpointing": "full", "cross_entropy": "chunked"}
 COMPILED = {"compile": True, "activation_checkpointing": "selective"}
 
 Run = tuple[int, Callable[[Path], Any]]  # how many ranks, what each does
@@ -246,7 +247,7 @@ RUNS: dict[str, Run] = {
     "replicas": (2, replayed),
     "fsdp": (2, saved("fsdp")),
     "fsdp_folder": (2, saved("fsdp_folder")),
-    "fsdp_kept_full": (2, trained("fsdp_kept", activation_checkpointing="full")),
+    "fsdp_kept_lean": (2, trained("fsdp_kept", **LEAN)),
     "ddp_bf16": (2, trained("ddp", **BF16)),
     "fsdp_bf16": (2, trained("fsdp", **BF16)),
     "dense": (1, trained("one", **DENSE)),

@@ -1,5 +1,6 @@
 """Corpora as users of train.py meet them: what a run says of its data, and what it refuses."""
 
+import csv
 import random
 import re
 import shutil
@@ -60,6 +61,19 @@ def test_a_run_goes_on_with_the_corpus_moved(begun: Path, tmp_path: Path) -> Non
     moved = [a.replace("plain", "elsewhere") for a in LEARNED]
     code, output = train(tmp_path, *moved, "run_dir=run", "trainer.max_steps=3")
     assert code == 0 and "3 steps" in output, output
+
+
+def test_the_chunked_loss_trains_as_the_plain_one(begun: Path) -> None:
+    code, output = train(begun, *LEARNED, "run_dir=chunked", "cross_entropy=chunked")
+    assert code == 0 and re.search("cross-entropy  chunked", output), output
+    plainly, in_chunks = (losses(begun / name) for name in ("run", "chunked"))
+    assert in_chunks == pytest.approx(plainly, rel=1e-5)
+
+
+def losses(run: Path) -> list[float]:
+    """Of training and of validation, row by row."""
+    rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+    return [float(row[n]) for row in rows for n in ("train/loss", "val/loss") if row[n]]
 
 
 def refused(output: str) -> bool:

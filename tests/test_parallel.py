@@ -33,7 +33,7 @@ RUNS = (
         "ddp",
         "replicas",
         "fsdp",
-        "fsdp_kept_full",
+        "fsdp_kept_lean",
         "ddp_bf16",
         "fsdp_bf16",
         "dense",
@@ -155,7 +155,7 @@ def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
         assert got["steps"][step] == pytest.approx(numbers, abs=1e-6, rel=1e-6), step
 
 
-@pytest.mark.parametrize("kind", ["ddp", "replicas", "fsdp", "fsdp_kept_full"])
+@pytest.mark.parametrize("kind", ["ddp", "replicas", "fsdp", "fsdp_kept_lean"])
 def test_two_processes_learn_what_one_learns(runs: dict[str, Any], kind: str) -> None:
     assert_same(runs[kind], runs["one"])
 

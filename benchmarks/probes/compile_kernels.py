@@ -33,7 +33,7 @@ from nsa.blocks import num_compress_blocks
 from nsa.branches import gated_attention
 from nsa.config import NSAConfig
 from nsa.heads import Projected
-from nsa.kernels import autotune, descriptors, selected, tile_sizes
+from nsa.kernels import autotune, cross_entropy, descriptors, selected, tile_sizes
 from nsa.kernels.tile_order import op as tile_order
 from nsa.kernels.tile_sizes import Problem, Tile, candidates
 from nsa.testing import by_descriptor
@@ -171,6 +171,9 @@ def exercise(
             out = out + gated_attention(projected, cfg, backend="triton", block_indices=indices)
     out = out + kernels.selected_attention(q, k, v, indices, cfg, gates)
     out.sum().backward()
+    labels = torch.zeros(B, dtype=torch.long)
+    for gradient in (True, False):
+        cross_entropy.cross_entropy_(torch.ones(B, 50_000, dtype=dtype), labels, gradient=gradient)
     exercise_decoding(B, T, H, G, D, dtype, cfg)
 
 

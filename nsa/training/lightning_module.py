@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from nsa.training import cuda_graphs, optimizers, parallel, trainer_checks
 from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
-from nsa.training.label_sums import LabelSums, label_sums
+from nsa.training.label_sums import LabelSums, label_sums, resolve_cross_entropy
 from nsa.training.seeds import micro_batch_seed, seed_generators
 from nsa.transformer import Transformer
 
@@ -45,6 +45,7 @@ class NSALightningModule(L.LightningModule):
         compile: one of `parallel.COMPILE`: whether to compile the Transformer's blocks when
             training starts, and to replay micro-batches as CUDA graphs; "auto" chooses.
         activation_checkpointing: what the backward pass recomputes; one of `parallel.KEPT`.
+        cross_entropy: one of `label_sums.CROSS_ENTROPIES`; "auto" chooses by the vocabulary.
 
     Raises:
         ValueError: if a schedule or a mode is unknown by name, or a size is impossible.
@@ -57,6 +58,7 @@ class NSALightningModule(L.LightningModule):
         scheduler: Mapping[str, Any],
         compile: bool | str = False,
         activation_checkpointing: str = "none",
+        cross_entropy: str = "auto",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -66,6 +68,7 @@ class NSALightningModule(L.LightningModule):
         self.compile_option = compile
         parallel.check_activation_checkpointing(activation_checkpointing)
         self.activation_checkpointing = activation_checkpointing
+        self.cross_entropy = resolve_cross_entropy(cross_entropy, model["vocab_size"])
         self.seed = torch.initial_seed()
         self.model = Transformer(**{key: model[key] for key in model if key != "name"})
         self.step_losses = self.grad_norm = torch.zeros(0)
@@ -120,8 +123,13 @@ class NSALightningModule(L.LightningModule):
         return figures
 
     def _label_sums(self, batch: dict[str, Tensor]) -> LabelSums:
-        asked = self.metric.counts_correct
-        return label_sums(self.model, batch["tokens"], batch.get("scored"), counts_correct=asked)
+        return label_sums(
+            self.model,
+            batch["tokens"],
+            batch.get("scored"),
+            counts_correct=self.metric.counts_correct,
+            cross_entropy=self.cross_entropy,
+        )
 
     def _ask_for_graphs(self) -> None:
         recomputes = self.activation_checkpointing != "none"

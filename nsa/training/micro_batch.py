@@ -62,6 +62,7 @@ def memory_of(
     forward_context: Callable[[], AbstractContextManager],
     *,
     activation_checkpointing: str = "none",
+    cross_entropy: str = "plain",
     shards: int = 1,
     peak_of: Callable[[Callable[[], None], torch.device], int] | None = None,
 ) -> Memory | None:
@@ -72,6 +73,7 @@ def memory_of(
     Args:
         forward_context: of training, for its precision.
         activation_checkpointing: of `parallel.KEPT`.
+        cross_entropy: of `label_sums.CROSS_ENTROPIES`.
         shards: ranks that share weights, gradients and optimizer.
         peak_of: the most bytes that a function allocates; the default asks PyTorch's allocator.
     """
@@ -80,8 +82,9 @@ def memory_of(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for sequences in (1, 2):
             trial = partial(
-                take_step, model, device, forward_context, activation_checkpointing, sequences
-            )
+                take_step, model, device, forward_context,
+                activation_checkpointing, cross_entropy, sequences,
+            )  # fmt: skip
             try:
                 peaks.append(peak_of(trial, device))
             except torch.OutOfMemoryError:
@@ -101,6 +104,7 @@ def take_step(
     device: torch.device,
     forward_context: Callable[[], AbstractContextManager],
     activation_checkpointing: str,
+    cross_entropy: str,
     sequences: int,
 ) -> None:
     """The forward and the backward pass of a copy of `model`, on tokens that are all 0."""
@@ -109,7 +113,7 @@ def take_step(
     tokens = torch.zeros((sequences, copy.seq_len + 1), dtype=torch.long, device=device)
     for _ in range(2):  # the second one finds gradients to add to
         with forward_context():
-            nats = label_sums(copy, tokens).nats
+            nats = label_sums(copy, tokens, cross_entropy=cross_entropy).nats
         nats.backward()
 
 
