@@ -3,12 +3,13 @@
 Inputs are tokens[:, :-1] and labels tokens[:, 1:]. The last windows of a validation or test split
 are padded with -1, which is not scored. A batch may also say which labels are scored, anywhere in a
 window: {"tokens": …, "scored": bool [B, T]}.
+
+With data.pack=documents it also has "document_starts": int32 [B, T], for each input the place of
+the first one of its document. What is padded behind a document belongs to it, is -1, and is not
+scored; nor is the label that would be the next document's first token.
 """
 
 import logging
-import os
-import signal
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,16 +19,21 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.checks import check_at_least, check_pack
+from data.loader_signals import leave_signals_to_the_trainer
 from data.metrics import BITS_PER_BYTE, Metric
+from data.packing import PackedEvalWindows, PackedTrainWindows, Packing, packing_of
 from data.sampler import EvalBatches, EvalWindows, TrainBatches, TrainWindows
 from data.shards import (
+    INDEX,
     ShardWriter,
-    TokenSplit,
     identity,
     open_shards,
     prepare_shards,
+    refuse,
     shard_folder,
 )
+from data.token_split import TokenSplit
 from data.tokenizer import AnyTokenizer, ByteTokenizer, saved_tokenizer
 
 log = logging.getLogger(__name__)
@@ -46,6 +52,8 @@ class TokenDataModule(L.LightningDataModule, ABC):
         num_workers: loader processes on each rank.
         val_tokens, test_tokens: score only the first so many tokens of the split; None: all.
         seed: of the order in which training windows come; it moves nothing else.
+        pack: "stream" cuts a split into windows wherever they end; "documents" packs whole
+            documents (`data.packing`).
 
     After `prepare_data` and `setup` it has `splits` and `tokenizer`; train, val and test then hold
     at least one window each.
@@ -53,6 +61,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
 
     metric: Metric = BITS_PER_BYTE  # what a run on these data is judged by
     more_text = "choose a larger corpus"  # the way out where there is too little text in all
+    has_documents = False  # whether the corpus knows where documents begin
     more_held_out = more_text  # the way out where too little of it is held out of training
 
     def __init__(
@@ -66,8 +75,10 @@ class TokenDataModule(L.LightningDataModule, ABC):
         val_tokens: int | None = None,
         test_tokens: int | None = None,
         seed: int = 0,
+        pack: str = "stream",
     ) -> None:
         super().__init__()
+        check_pack(name, pack, self.has_documents)
         check_at_least("model.seq_len", seq_len, 1)
         check_at_least("batch.micro_batch_size", micro_batch_size, 1)
         check_at_least("data.num_workers", num_workers, 0)
@@ -75,12 +86,14 @@ class TokenDataModule(L.LightningDataModule, ABC):
             if value is not None:
                 check_at_least(option, value, 2)
         self.name: str = name
-        self.vocab_size = vocab_size
-        self.seq_len = seq_len
+        self.vocab_size, self.seq_len = vocab_size, seq_len
         self.micro_batch_size = micro_batch_size
         self.num_workers = num_workers
         self.eval_tokens = {"val": val_tokens, "test": test_tokens}
         self.seed = seed
+        self.pack = pack
+        self.document_alignment = 1  # documents begin at multiples of so many tokens
+        self._packings: dict[str, Packing] = {}
         self._prepared = False
         self.splits: dict[str, TokenSplit] = {}
         self.identity: dict[str, Any] = {}  # of the training tokens, for `sample_order`
@@ -116,15 +129,37 @@ class TokenDataModule(L.LightningDataModule, ABC):
             return
         folder = shard_folder(self.name, self.source())
         index, splits = open_shards(folder)
+        if self.pack == "documents" and not all(split.has_documents for split in splits.values()):
+            refuse(folder / INDEX, "it does not say where documents begin, as older ones do not")
         self._check_lengths({split: len(splits.get(split, ())) for split in SPLITS})
         self.splits, self.identity = splits, identity(index)
         self.tokenizer = saved_tokenizer(folder, index["tokenizer"])
         counts = ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)
         log.info("%s: %s tokens in %s", self.name, counts, folder)
 
+    def of_documents(self) -> dict[str, Any]:
+        """What `source` has besides where tokens are made of documents one by one."""
+        return {"documents": "one by one"} if self.pack == "documents" else {}
+
+    def packing(self, split: str) -> Packing:
+        """Which documents lie in which window of a split."""
+        if split not in self._packings:
+            limit = self.eval_tokens.get(split)
+            sizes = (self.seq_len, self.document_alignment)
+            self._packings[split] = packing_of(self.splits[split], *sizes, limit)
+        return self._packings[split]
+
+    def summary(self) -> dict[str, str]:
+        """What a run says of its data before it trains, by what it is about."""
+        if self.pack != "documents":
+            return {}
+        packing = self.packing("train")
+        fill = f"{packing.fill:.1%} filled, the last one {packing.last_fill:.1%}"
+        return {"packed documents": f"{len(packing):,} windows, {fill}"}
+
     def _check_lengths(self, tokens: dict[str, int]) -> None:
         """Refuse splits that are shorter than a window."""
-        window = self.seq_len + 1
+        window = 2 if self.pack == "documents" else self.seq_len + 1
         short = [split for split in SPLITS if tokens[split] < window]
         if not short:
             return
@@ -150,9 +185,12 @@ class TokenDataModule(L.LightningDataModule, ABC):
 
     def text_of(self, sample: int) -> str:
         """The text of a training sample, its last label included."""
-        return self.decode(self._train_windows()[sample]["tokens"].tolist())
+        tokens = self._train_windows()[sample]["tokens"]
+        return self.decode(tokens[tokens >= 0].tolist())
 
     def _train_windows(self) -> Any:
+        if self.pack == "documents":
+            return PackedTrainWindows(self.splits["train"], self.packing("train"), self.seed)
         return TrainWindows(self.splits["train"], self.seq_len, self.seed)
 
     def _train_batches(self, rank: int) -> TrainBatches:
@@ -180,6 +218,8 @@ class TokenDataModule(L.LightningDataModule, ABC):
         return self._eval_loader("test")
 
     def _eval_windows(self, split: str) -> Any:
+        if self.pack == "documents":
+            return PackedEvalWindows(self.splits[split], self.packing(split))
         return EvalWindows(self.splits[split], self.seq_len, self.eval_tokens[split])
 
     def _eval_loader(self, split: str) -> DataLoader:
@@ -224,6 +264,8 @@ class TokenDataModule(L.LightningDataModule, ABC):
             "seed": self.seed,
             "seq_len": self.seq_len,
             "sequences_per_step": self.micro_batch_size * micro_batches_per_step,
+            "pack": self.pack,
+            "document_alignment": self.document_alignment if self.pack == "documents" else 1,
         }
 
     def encode(self, text: str) -> list[int]:
@@ -233,36 +275,3 @@ class TokenDataModule(L.LightningDataModule, ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Ids as text."""
         return self.tokenizer.decode(ids)
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to end reaches every process of a job: a loader that obeyed would break the step
-    that its trainer still finishes and saves. Only the trainer's own SIGTERM ends a loader.
-    """
-    for which in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
-        signal.signal(which, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # everywhere but on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def check_at_least(option: str, value: int, least: int) -> None:
-    """Refuse a number that is too small, by the option's name."""
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{option}={value!r} must be a whole number of at least {least}")
-
-
-def check_fractions(val: float, test: float) -> dict[str, float]:
-    """The fractions of a corpus that validation and test get; some must be left to train on."""
-    if min(val, test) < 0 or val + test >= 1:
-        raise ValueError(
-            f"data.val_fraction={val} and data.test_fraction={test} must be at least 0 and "
-            "together less than 1: the rest is trained on"
-        )
-    return {"val": val, "test": test}

@@ -13,12 +13,21 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data import enwik8, sources
-from data.base import SPLITS, TokenDataModule, check_at_least, check_fractions
-from data.documents import SplitOf, text_strings, write_documents, write_text
+from data.base import SPLITS, TokenDataModule
+from data.checks import check_at_least, check_fractions
+from data.documents import (
+    SplitOf,
+    check_eot,
+    text_strings,
+    write_documents,
+    write_files,
+    write_text,
+)
 from data.huggingface import DatasetChoice
 from data.plain_text import Decoding, check_text
 from data.sampler import mix
 from data.shards import cache_root
+from data.sources import unpacked
 from data.tokenizer import ByteTokenizer, TokenizerChoice
 
 
@@ -52,8 +61,11 @@ class StdlibDataModule(TokenDataModule):
     """The source text of the running Python's standard library, by the byte; needs no network.
 
     Whole files go to a split, about 90, 5 and 5 % of the bytes, one after the other in the order of
-    their paths. Tests and generated tables are left out.
+    their paths. Tests and generated tables are left out. With `pack="documents"` a file is a
+    document, and ends with the end of text.
     """
+
+    has_documents = True
 
     def __init__(self, **numbers: Any) -> None:
         super().__init__(**numbers)
@@ -62,19 +74,28 @@ class StdlibDataModule(TokenDataModule):
     def source(self) -> dict[str, Any]:
         sizes = [[name, file.stat().st_size] for name, file in sources.stdlib_files().items()]
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-        return {"corpus": "stdlib", "python": platform.python_version(), "files": digest}
+        source = {"corpus": "stdlib", "python": platform.python_version(), "files": digest}
+        return source | self.of_documents()
 
     def build(self, folder: Path) -> None:
-        texts = {name: file.read_bytes() for name, file in sources.stdlib_files().items()}
-        sizes = {name: len(text) for name, text in texts.items()}
+        files = sources.stdlib_files()
+        sizes = {name: file.stat().st_size for name, file in files.items()}
         splits = sources.split_files(sizes, val=0.05, test=0.05)
         with self.writer(folder, ByteTokenizer()) as writer:
-            for name, text in texts.items():
-                writer.append(splits[name], np.frombuffer(text, np.uint8), len(text))
+            if self.pack == "documents":
+                by_file = {file: splits[name] for name, file in files.items()}
+                write_files(writer, ByteTokenizer(), by_file, watch=None)
+                return
+            for name, file in files.items():
+                text = np.fromfile(file, np.uint8)
+                writer.append(splits[name], text, len(text))
 
 
 class TextDataModule(TokenDataModule):
     """Text files of one's own, read as one stream: file follows file, with nothing between them.
+
+    With `pack="documents"` each file is a document and ends with the end of text; the fractions of
+    `paths` are then of whole files.
 
     Args:
         paths: files or globs, plain, .gz, .bz2, .xz, .zst or .zip (of one file).
@@ -84,6 +105,7 @@ class TextDataModule(TokenDataModule):
         tokenizer: see `data.tokenizer.TokenizerChoice`; with train it learns from the train split.
     """
 
+    has_documents = True
     more_text = "name more files in data.paths"
     more_held_out = "raise data.val_fraction and data.test_fraction"
 
@@ -125,9 +147,13 @@ class TextDataModule(TokenDataModule):
             "files": {option: sources.stamp(files) for option, files in self.files.items()},
             "fractions": self.fractions,
             "tokenizer": self.tokenizer_choice.source(),
+            **self.of_documents(),
         }
 
     def build(self, folder: Path) -> None:
+        if self.pack == "documents":
+            self._build_documents(folder)
+            return
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             texts = self._texts(Path(scratch))
             tokenizer = self.tokenizer_choice.make(
@@ -136,6 +162,27 @@ class TextDataModule(TokenDataModule):
             with self.writer(folder, tokenizer) as writer:
                 for split, text in texts.items():
                     write_text(writer, tokenizer, split, text)
+
+    def _build_documents(self, folder: Path) -> None:
+        splits = self._splits_of_files()
+        training = [file for file in splits if splits[file] == "train"]
+        tokenizer = self.tokenizer_choice.make(
+            lambda: (block.decode("utf-8", "replace") for f in training for block in unpacked(f))
+        )
+        check_eot(tokenizer, self.tokenizer_choice.name)
+        decoding = Decoding()
+        watch = None if self.tokenizer_choice.name == "bytes" else decoding.count
+        with self.writer(folder, tokenizer) as writer:
+            write_files(writer, tokenizer, splits, watch)
+        decoding.check()
+
+    def _splits_of_files(self) -> dict[Path, str]:
+        """File -> split: those named for one, and a fraction of `paths` for each of the others."""
+        named = {s: self.files[f"{s}_paths"] for s in ("val", "test")}
+        cut = {s: 0.0 if named[s] else fraction for s, fraction in self.fractions.items()}
+        sizes = {str(file): file.stat().st_size for file in self.files["paths"]}
+        splits = {Path(f): s for f, s in sources.split_files(sizes, **cut).items()}
+        return splits | {file: s for s, files in named.items() for file in files}
 
     def _texts(self, scratch: Path) -> dict[str, NDArray[np.uint8]]:
         """The bytes of each split, mapped from one joined file per list of paths."""
@@ -174,6 +221,7 @@ class HuggingFaceDataModule(TokenDataModule):
             of the train split.
     """
 
+    has_documents = True
     more_text = "raise data.max_tokens, or take a larger dataset"
     more_held_out = "raise data.max_tokens, data.val_fraction or data.test_fraction"
 
@@ -227,11 +275,7 @@ class HuggingFaceDataModule(TokenDataModule):
 
     def build(self, folder: Path) -> None:
         tokenizer = self.tokenizer_choice.make(self._training_texts)
-        if tokenizer.eot is None:
-            raise ValueError(
-                f"data.tokenizer={self.tokenizer_choice.name!r} names no end of text, which "
-                "documents are joined by: set data.eot_token"
-            )
+        check_eot(tokenizer, self.tokenizer_choice.name)
         self.dataset.check_slices(self.split_names)
         with self.writer(folder, tokenizer) as writer:
             for split, name in self.split_names.items():

@@ -1,7 +1,8 @@
 """Text and documents as tokens, in batches of about `BATCH` bytes: a corpus is never held whole."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.shards import ShardWriter
-from data.sources import pieces, release
+from data.sources import Watch, pieces, release, unpacked
 from data.tokenizer import AnyTokenizer
 
 BATCH = 1 << 20  # bytes of documents tokenized together; a longer document is cut
@@ -76,6 +77,27 @@ def write_text(
                 held = release(mapped)
 
 
+def write_document(
+    writer: ShardWriter, tokenizer: AnyTokenizer, split: str, text: NDArray[np.uint8]
+) -> None:
+    """Tokenize one document [n], in pieces, and the end of text after it."""
+    writer.begin_documents(split, np.array([writer.num_tokens(split)]))
+    write_text(writer, tokenizer, split, text)
+    writer.append(split, np.array([tokenizer.eot]), 1)
+
+
+def write_files(
+    writer: ShardWriter, tokenizer: AnyTokenizer, splits: Mapping[Path, str], watch: Watch | None
+) -> None:
+    """Each file, packed or plain, as a document of its split; `watch` is shown every block."""
+    for file, split in tqdm(splits.items(), desc="tokenize", unit=" files", delay=1):
+        blocks = list(unpacked(file))
+        for block in blocks if watch else ():
+            watch(file, block)
+        if any(blocks):
+            write_document(writer, tokenizer, split, np.frombuffer(b"".join(blocks), np.uint8))
+
+
 def write_documents(
     writer: ShardWriter,
     tokenizer: AnyTokenizer,
@@ -94,8 +116,7 @@ def write_documents(
         splits = split_of(np.arange(number, number + len(batch), dtype=np.uint64))
         number += len(batch)
         if len(text_bytes(batch)) > BATCH:
-            write_text(writer, tokenizer, splits[0], text_bytes(batch))
-            writer.append(splits[0], np.array([tokenizer.eot]), 1)
+            write_document(writer, tokenizer, splits[0], text_bytes(batch))
         elif write_batch(writer, tokenizer, batch, splits, max_tokens) < len(batch):
             return
         if max_tokens is not None and max(map(writer.num_tokens, set(splits))) >= max_tokens:
@@ -121,5 +142,16 @@ def write_batch(
         chosen = splits == split
         tokens = ids[: sizes.sum()]
         tokens = tokens if chosen.all() else tokens[np.repeat(chosen, sizes)]
+        ends = writer.num_tokens(split) + np.cumsum(sizes[chosen])
+        writer.begin_documents(split, ends - sizes[chosen])
         writer.append(split, tokens, int(num_bytes[chosen].sum()))
     return kept
+
+
+def check_eot(tokenizer: AnyTokenizer, name: str) -> None:
+    """Refuse a tokenizer that has nothing to end a document with."""
+    if tokenizer.eot is None:
+        raise ValueError(
+            f"data.tokenizer={name!r} names no end of text, which documents are joined by: "
+            "set data.eot_token"
+        )

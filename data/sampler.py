@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from data.shards import TokenSplit
+from data.token_split import TokenSplit
 
 MASK = (1 << 64) - 1
 ROUNDS = 6
@@ -52,12 +52,17 @@ def permuted(index: int, size: int, key: int) -> int:
             return index
 
 
-def window_start(sample: int, num_tokens: int, seq_len: int, seed: int) -> int:
-    """The token of the ring at which sample `sample` of a run begins."""
-    num_windows = num_tokens // seq_len
+def visited(sample: int, num_windows: int, seed: int) -> tuple[int, int]:
+    """The window that sample `sample` of a run visits, and 64 bits that belong to its epoch."""
     epoch, index = divmod(sample, num_windows)
     key = mix(seed, epoch)
-    return (key + permuted(index, num_windows, key) * seq_len) % num_tokens
+    return permuted(index, num_windows, key), key
+
+
+def window_start(sample: int, num_tokens: int, seq_len: int, seed: int) -> int:
+    """The token of the ring at which sample `sample` of a run begins."""
+    window, key = visited(sample, num_tokens // seq_len, seed)
+    return (key + window * seq_len) % num_tokens
 
 
 class TrainWindows(Dataset):

@@ -2,6 +2,8 @@
 
     <folder>/index.json         source, vocabulary, dtype; per split: tokens, bytes, shards
     <folder>/train-00000.bin    the tokens, little-endian, without a header
+    <folder>/train.documents    where each document begins, int64, little-endian; only of corpora
+                                that have documents
     <folder>/tokenizer.json     only where tokens are not bytes
 
 What is checked when: `prepare_shards` compares the sha256 of every file with the index, each time
@@ -14,7 +16,6 @@ import os
 import re
 import shutil
 import tempfile
-from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data.token_split import TokenSplit
 from runs.file_lock import held
 
 FORMAT = "nsa-tokens-1"
@@ -98,6 +100,7 @@ class ShardWriter:
             "splits": {},
         }
         self._open: dict[str, tuple[BinaryIO, Any]] = {}  # split -> file, sha256 so far
+        self._documents: dict[str, tuple[BinaryIO, Any]] = {}  # likewise
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -105,6 +108,9 @@ class ShardWriter:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for split in list(self._open):
             self._finish_shard(split)
+        for split, (file, digest) in self._documents.items():
+            file.close()
+            self.index["splits"][split]["documents"]["sha256"] = digest.hexdigest()
         for entry in self.index["splits"].values():
             entry["bytes_per_token"] = entry["bytes"] / max(entry["tokens"], 1)
         if error is None:
@@ -116,7 +122,7 @@ class ShardWriter:
 
     def append(self, split: str, tokens: NDArray[np.integer], num_bytes: int) -> None:
         """Add tokens [n] that stand for `num_bytes` bytes of text."""
-        entry = self.index["splits"].setdefault(split, {"tokens": 0, "bytes": 0, "shards": []})
+        entry = self.index["splits"].setdefault(split, empty_split())
         entry["tokens"] += len(tokens)
         entry["bytes"] += num_bytes
         while len(tokens):
@@ -127,6 +133,19 @@ class ShardWriter:
             if len(tokens) >= room:
                 self._finish_shard(split)
             tokens = tokens[room:]
+
+    def begin_documents(self, split: str, starts: NDArray[np.integer]) -> None:
+        """Say at which tokens of the split documents begin, in their order."""
+        if split not in self._documents:
+            entry = self.index["splits"].setdefault(split, empty_split())
+            entry["documents"] = {"file": f"{split}.documents", "number": 0, "sha256": ""}
+            file = (self.folder / f"{split}.documents").open("wb")
+            self._documents[split] = (file, hashlib.sha256())
+        file, digest = self._documents[split]
+        block = starts.astype("<i8").tobytes()
+        file.write(block)
+        digest.update(block)
+        self.index["splits"][split]["documents"]["number"] += len(starts)
 
     def _start_shard(self, split: str) -> None:
         shards = self.index["splits"][split]["shards"]
@@ -147,43 +166,9 @@ class ShardWriter:
         self.index["splits"][split]["shards"][-1]["sha256"] = digest.hexdigest()
 
 
-class TokenSplit:
-    """One split as a single sequence of tokens, in however many shards it lies.
-
-    Shards are mapped when first read, so that every loader worker opens its own.
-    """
-
-    def __init__(self, folder: Path, dtype: str, entry: dict[str, Any]) -> None:
-        self.dtype = np.dtype(dtype)
-        self.bytes_per_token: float = entry["bytes_per_token"]
-        self.files = [folder / shard["file"] for shard in entry["shards"]]
-        self.starts = [0]
-        for shard in entry["shards"]:
-            self.starts.append(self.starts[-1] + shard["tokens"])
-        self._maps: dict[int, NDArray[np.integer]] = {}
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}
-
-    def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of the split, cut off at its end."""
-        pieces = [np.empty(0, np.int64)]
-        stop = min(stop, len(self))
-        while start < stop:
-            shard = bisect_right(self.starts, start) - 1
-            end = min(stop, self.starts[shard + 1])
-            first = self.starts[shard]
-            pieces.append(self._map(shard)[start - first : end - first].astype(np.int64))
-            start = end
-        return np.concatenate(pieces)
-
-    def _map(self, shard: int) -> NDArray[np.integer]:
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.files[shard], self.dtype, mode="r")
-        return self._maps[shard]
+def empty_split() -> dict[str, Any]:
+    """What the index says of a split of which nothing is written yet."""
+    return {"tokens": 0, "bytes": 0, "shards": []}
 
 
 def prepare_shards(
@@ -221,6 +206,8 @@ def verify_shards(folder: Path, source: dict[str, Any]) -> None:
     for entry in index["splits"].values():
         for shard in entry["shards"]:
             verify_file(folder / shard["file"], shard["sha256"])
+        if documents := entry.get("documents"):
+            verify_file(folder / documents["file"], documents["sha256"])
     if tokenizer := index.get("tokenizer"):
         verify_file(folder / tokenizer["file"], tokenizer["sha256"])
 
@@ -239,13 +226,19 @@ def open_shards(folder: Path) -> tuple[dict[str, Any], dict[str, TokenSplit]]:
     width = np.dtype(index["dtype"]).itemsize
     for entry in index["splits"].values():
         for shard in entry["shards"]:
-            path, size = folder / shard["file"], shard["tokens"] * width
-            if not path.is_file():
-                refuse(path, "it is missing")
-            if path.stat().st_size != size:
-                refuse(path, f"it has {path.stat().st_size} bytes, the index says {size}")
+            check_size(folder / shard["file"], shard["tokens"] * width)
+        if documents := entry.get("documents"):
+            check_size(folder / documents["file"], 8 * documents["number"])
     splits = {name: TokenSplit(folder, index["dtype"], s) for name, s in index["splits"].items()}
     return index, splits
+
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a file that is not there, or not as many bytes long as the index says."""
+    if not path.is_file():
+        refuse(path, "it is missing")
+    if path.stat().st_size != size:
+        refuse(path, f"it has {path.stat().st_size} bytes, the index says {size}")
 
 
 def identity(index: dict[str, Any]) -> dict[str, Any]:

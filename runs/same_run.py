@@ -10,6 +10,7 @@ from nsa.transformer import Transformer
 from runs.checkpoints import corpus_of
 
 FREE = {"model.name", "model.dropout", "model.attention.backend"}  # may change at any time
+UNPACKED = {"pack": "stream", "document_alignment": 1}  # of checkpoints that do not say
 CORPUS = ("corpus", "train_tokens", "tokenizer")  # of the order of samples: what it is made of
 
 
@@ -35,6 +36,7 @@ def check_same_run(
     before = {k: defaults().get(k) for k in now if k not in before} | before
     changed = [k for k in before | now if k not in FREE and before.get(k) != now.get(k)]
     order = corpus_of(checkpoint).get("sample_order", {})
+    order = UNPACKED | order if order else order
     free = CORPUS if allow_other_corpus else ()
     other = [name for name in order if name not in free and order[name] != sample_order.get(name)]
     if not changed and not other:

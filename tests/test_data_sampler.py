@@ -16,7 +16,8 @@ from data.sampler import (
     permuted,
     window_start,
 )
-from data.shards import ShardWriter, TokenSplit, open_shards
+from data.shards import ShardWriter, open_shards
+from data.token_split import TokenSplit
 
 
 def split_of(folder: Path, num_tokens: int) -> TokenSplit:

@@ -16,7 +16,7 @@ from tiny_run import OF_LIGHTNING, TinyModule, fit
 from callbacks.csv_logger import read_rows
 from callbacks.preemption import SIGNALS, Preempted, Preemption, heard, leave_on_signals
 from callbacks.step_checkpoint import StepCheckpoint
-from data.base import leave_signals_to_the_trainer
+from data.loader_signals import leave_signals_to_the_trainer
 
 pytestmark = OF_LIGHTNING
 

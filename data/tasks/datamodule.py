@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.base import TokenDataModule, check_at_least
+from data.base import TokenDataModule
+from data.checks import check_at_least
 from data.datamodule import StdlibDataModule
 from data.metrics import ACCURACY
 from data.sampler import mix
-from data.shards import TokenSplit
 from data.tasks import needles, symbols
 from data.tasks.sample import Sample, Sizes
+from data.token_split import TokenSplit
 from data.tokenizer import ByteTokenizer
 
 OF_SYMBOLS = {
