@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from benchmarks import evidence_figures
 from nsa.transformer import Transformer
@@ -50,7 +50,8 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM",
                         default=["dense", "nsa", "random", "none", "window"])  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3], help="learning rates")
+    parser.add_argument("--lrs", nargs="+", type=float, metavar="LR",
+                        help="learning rates; default: the experiment's")  # fmt: skip
     parser.add_argument("--together", type=int, default=4, help="runs at once on the device")
     parser.add_argument("--seconds", type=int, help="of training a run at most; default: all steps")
     parser.add_argument("--folder", type=Path, help="default: outputs/evidence/EXPERIMENT")
@@ -65,11 +66,15 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return asked
 
 
+def configured(words: Sequence[str]) -> DictConfig:
+    """What train.py makes of these words."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", [*words, "run_dir=."])
+
+
 def count_params(words: Sequence[str], expand: float | None = None) -> tuple[int, float, int]:
     """Parameters of a run's model, its feed-forward's expansion, and its width."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", [*words, "run_dir=."])
-    model = OmegaConf.to_container(cfg.model, resolve=True)
+    model = OmegaConf.to_container(configured(words).model, resolve=True)
     assert isinstance(model, dict)
     if expand is not None:
         model["feed_forward_expand"] = expand
@@ -100,9 +105,10 @@ def plan(asked: argparse.Namespace) -> list[Job]:
         expands[arm] = matched_expand(words, wanted)
         num_params, _, _ = count_params(words, expands[arm])
         print(f"{arm:12} {num_params:12,} parameters, {num_params / wanted - 1:+.1%} of nsa's")
+    rates = asked.lrs or [float(configured(common).optimizer.lr)]
     return [
         Job(arm, seed, lr, expands[arm], asked.folder / f"{arm}-seed_{seed}-lr_{lr:g}")
-        for seed, lr, arm in product(asked.seeds, asked.lrs, asked.arms)
+        for seed, lr, arm in product(asked.seeds, rates, asked.arms)
     ]
 
 

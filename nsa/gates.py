@@ -34,7 +34,8 @@ def gate_network(
         return network
     gates = zero_linear(dim, 3 * heads)
     with torch.no_grad():
-        gates.bias.copy_(torch.tensor(bias).repeat(heads))
+        for branch, number in enumerate(bias):
+            gates.bias[branch::3] = number
     return gates
 
 

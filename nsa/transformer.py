@@ -89,6 +89,9 @@ class Transformer(nn.Module):
         feed_forward_expand: hidden width of the feed-forward over `dim`.
         dropout: on what attention and feed-forward add to the residual stream.
         tie_embeddings: the head uses the embedding's weights.
+        embedding_std: standard deviation of the embedding at the start. GPT-2's .02 is small beside
+            what a layer adds; 1 keeps it plain which token stands where, and tasks that look a
+            token up by what it is are learned sooner.
 
     Raises:
         ValueError: for an impossible size, for an unknown option of `attention`, and if
@@ -111,6 +114,7 @@ class Transformer(nn.Module):
         feed_forward_expand: float = 8 / 3,
         dropout: float = 0.0,
         tie_embeddings: bool = False,
+        embedding_std: float = 0.02,
     ) -> None:
         super().__init__()
         if not layer_pattern or isinstance(layer_pattern, str):
@@ -128,8 +132,10 @@ class Transformer(nn.Module):
         for name, size in (sizes | dict(seq_len=seq_len)).items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
-        if feed_forward_expand <= 0:
-            raise ValueError(f"feed_forward_expand={feed_forward_expand} must be above 0")
+        positive = dict(feed_forward_expand=feed_forward_expand, embedding_std=embedding_std)
+        for name, number in positive.items():
+            if number <= 0:
+                raise ValueError(f"{name}={number} must be above 0")
         self.seq_len = seq_len
 
         known = dict(dim=dim, dim_head=dim_head, heads=heads, output_gate=dense_output_gate)
@@ -148,13 +154,14 @@ class Transformer(nn.Module):
         self.head = nn.Linear(dim, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
-        self._initialise()
+        self._initialise(embedding_std)
 
-    def _initialise(self) -> None:
+    def _initialise(self, embedding_std: float) -> None:
         """GPT-2's scheme: what feeds the residual stream shrinks with depth, logits are small."""
         residual_std = 0.02 * (2 * len(self.layers)) ** -0.5
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=embedding_std)
+        if self.head.weight is not self.embedding.weight:
+            nn.init.normal_(self.head.weight, std=0.02)
         for block in self.blocks:
             nn.init.normal_(block.attention.to_out.weight, std=residual_std)
             nn.init.normal_(block.feed_forward.to_out.weight, std=residual_std)

@@ -25,6 +25,7 @@ OPTIONS: dict[str, Any] = {
     "offset": None,
     "needle_depth": None,
     "grow_samples": 0,
+    "grow_from": 16,
     "val_sequences": 6,
     "test_sequences": 5,
 }
@@ -123,11 +124,24 @@ def test_depth_places_the_needle() -> None:
     assert found[0] < 32 < found[1] < found[2]
 
 
-def test_the_number_of_facts_grows() -> None:
-    module = made("recall", grow_samples=100, num_facts=8, num_questions=8)
-    asked = [int(module.sample("train", n).scored.sum()) for n in (0, 12, 49, 99, 1000)]
-    assert asked == [1, 2, 4, 8, 8]
-    assert module.sample("val", 0).scored.sum() == 8
+@pytest.mark.parametrize("task", TASKS)
+def test_windows_grow_from_many_short_documents_to_one(task: str) -> None:
+    sizes = {"num_questions": 8, "seq_len": 1024} | SMALL.get(task, {})
+    module = made(task, grow_samples=100, grow_from=4, **sizes)
+    windows: Any = module._train_windows()
+    whole = int(module.sample("val", 0).scored.sum())
+    for number, documents in ((0, 4), (49, 4), (50, 2), (99, 2), (100, 1), (1000, 1)):
+        sample, starts = module.sample("train", number), windows[number]["document_starts"]
+        length = 1024 // documents
+        assert starts.tolist() == [i // length * length for i in range(1024)]
+        asked = np.flatnonzero(sample.scored)
+        assert (sample.evidence[asked] // length == asked // length).all()  # its own document's
+        assert (sample.tokens[sample.evidence[asked]] == sample.tokens[asked + 1]).all()
+        assert len(set(asked // length)) == documents
+        if documents == 1:
+            assert len(asked) == whole
+    assert module.sample("val", 0).scored.sum() == whole
+    assert "document_starts" not in next(iter(module.val_dataloader()))
 
 
 def steps_of(micro: int, accumulate: int, world: int, start: int = 0, **options: Any) -> list:
@@ -178,6 +192,7 @@ def test_validation_is_the_same_for_every_seed_and_unlike_training() -> None:
         ({"task": "straddle", "offset": 16}, r"data\.offset=16"),
         ({"task": "passkey", "needle_depth": 1.5}, r"data\.needle_depth=1\.5"),
         ({"task": "passkey", "min_distance": 240}, r"data\.task=passkey: .* raise model\.seq_len"),
+        ({"grow_from": 3}, r"data\.grow_from=3 must be a power of two"),
         ({"vocab_size": 300}, r"data\.vocab_size=300 must be 256"),
     ],
 )

@@ -6,6 +6,21 @@ from pathlib import Path
 from benchmarks import evidence, evidence_figures
 
 
+def test_arms_have_the_parameters_of_nsa_and_the_rate_of_the_experiment() -> None:
+    asked = evidence.options(["recall_scattered", "--arms", "dense", "nsa", "--seeds", "0"])
+    dense, nsa = evidence.plan(asked)
+    assert dense.lr == nsa.lr == 3e-3 and (dense.arm, nsa.arm) == ("dense", "nsa")
+    words = ["experiment=recall_scattered", "arm=dense"]
+    wanted, _, _ = evidence.count_params(["experiment=recall_scattered", "arm=nsa"])
+    plain, _, _ = evidence.count_params(words)
+    matched, _, _ = evidence.count_params(words, dense.expand)
+    assert abs(matched - wanted) < 0.2 * abs(plain - wanted)
+    assert abs(matched - wanted) <= 0.03 * wanted  # as near as steps of 64 come
+    (other,) = evidence.plan(evidence.options(["recall_scattered", "--arms", "nsa", "--seeds", "1",
+                                               "--lrs", "1e-3"]))  # fmt: skip
+    assert other.lr == 1e-3 and other.expand == nsa.expand
+
+
 def test_figures_are_made_of_the_csv_alone(tmp_path: Path) -> None:
     jobs = [evidence.Job("nsa", s, 1e-3, 2.0, tmp_path / f"nsa{s}") for s in (0, 1)]
     for job, last in zip(jobs, (0.4, 0.8), strict=True):

@@ -108,6 +108,17 @@ def test_tied_embeddings_and_the_dense_gate_change_the_parameters() -> None:
     assert gated.num_params > plain.num_params
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_begins_as_wide_as_it_is_told(tied: bool) -> None:
+    for std in (0.02, 1.0):
+        model = transformer(embedding_std=std, tie_embeddings=tied)
+        assert model.embedding.weight.std().item() == pytest.approx(std, rel=0.1)
+        head = std if tied else 0.02
+        assert model.head.weight.std().item() == pytest.approx(head, rel=0.1)
+    with pytest.raises(ValueError, match=r"embedding_std=0\.0 must be above 0"):
+        transformer(embedding_std=0.0)
+
+
 def test_feed_forward_width_follows_expand() -> None:
     model = transformer(feed_forward_expand=4.0)
     assert model.layers[0].feed_forward.to_out.in_features == 4 * DIM

@@ -1,4 +1,9 @@
-"""Serves a task as a corpus: {"tokens": [B, T + 1], "scored": [B, T]}, judged by its accuracy."""
+"""Serves a task as a corpus: {"tokens": [B, T + 1], "scored": [B, T]}, judged by its accuracy.
+
+With `grow_samples` a training window begins as many short documents and ends as one long one. A
+layer-deep search for one fact in a thousand tokens has next to no gradient at first; among sixty it
+is found soon, and what finds it there works on.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,7 @@ from data.datamodule import StdlibDataModule
 from data.metrics import ACCURACY
 from data.sampler import mix
 from data.tasks import needles, symbols
-from data.tasks.sample import Sample, Sizes
+from data.tasks.sample import Sample, Sizes, in_one_window
 from data.token_split import TokenSplit
 from data.tokenizer import ByteTokenizer
 
@@ -40,7 +45,9 @@ class RecallDataModule(TokenDataModule):
         task: one of `TASKS`.
         num_facts, num_questions, facts_per_cluster, min_distance, block_size, offset,
             needle_depth: see `data.tasks.sample.Sizes`.
-        grow_samples: training samples over which the number of facts grows to `num_facts`.
+        grow_samples: training samples over which a window's documents become one: they are halved
+            in number, and doubled in length and in facts, in equal steps.
+        grow_from: documents in a training window at first: a power of two.
         val_sequences, test_sequences: windows in these splits.
     """
 
@@ -58,6 +65,7 @@ class RecallDataModule(TokenDataModule):
         offset: int | None,
         needle_depth: float | None,
         grow_samples: int,
+        grow_from: int,
         val_sequences: int,
         test_sequences: int,
         **numbers: Any,
@@ -72,6 +80,7 @@ class RecallDataModule(TokenDataModule):
             "num_questions": num_questions,
             "facts_per_cluster": facts_per_cluster,
             "block_size": block_size,
+            "grow_from": grow_from,
             "val_sequences": val_sequences,
             "test_sequences": test_sequences,
         }
@@ -91,11 +100,13 @@ class RecallDataModule(TokenDataModule):
             offset=offset,
             needle_depth=needle_depth,
         )
-        self.grow_samples = grow_samples
+        check_documents(self.seq_len, grow_from)
+        self.grow_samples, self.grow_from = grow_samples, grow_from
         self.num_sequences = {"val": val_sequences, "test": test_sequences}
         sizes = {"seq_len": self.seq_len, "micro_batch_size": 1}
         self.text = StdlibDataModule(name="stdlib", vocab_size=256, **sizes)
-        self.identity = {"task": f"{task}, {self.sizes}, grow_samples={grow_samples}"}
+        growth = f"grow_samples={grow_samples}, grow_from={grow_from}"
+        self.identity = {"task": f"{task}, {self.sizes}, {growth}"}
 
     def source(self) -> dict[str, Any]:
         return dict(self.identity)
@@ -110,26 +121,43 @@ class RecallDataModule(TokenDataModule):
             self.text.prepare_data(verify)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the text, and make one sample, which refuses what does not fit its window."""
+        """Open the text, and make a sample of each length, which refuses what does not fit."""
         if self.task in IN_TEXT:
             self.text.setup(stage)
-        self.sample("train", max(self.grow_samples, 1) - 1)
+        for documents in sorted({self.num_documents(0), 1}):
+            if self.seq_len // documents % self.document_alignment:
+                raise ValueError(
+                    f"data.grow_from={documents} cuts model.seq_len={self.seq_len} into documents "
+                    f"of {self.seq_len // documents} tokens: they must be a multiple of the "
+                    f"attention's block of {self.document_alignment}"
+                )
+            self._made("train", np.random.Generator(np.random.Philox(0)), documents)
+
+    def num_documents(self, number: int) -> int:
+        """How many documents share a training window."""
+        if number >= self.grow_samples:
+            return 1
+        halvings = self.grow_from.bit_length() - 1
+        return self.grow_from >> (number * halvings // self.grow_samples)
 
     def sample(self, split: str, number: int) -> Sample:
         """One sample of a split, by its number."""
         seed = self.seed if split == "train" else 0
         rng = np.random.Generator(np.random.Philox(key=mix(seed, STREAMS[split], number)))
-        sizes = self.sizes
-        if split == "train" and number + 1 < self.grow_samples:
-            facts = -(-sizes.num_facts * (number + 1) // self.grow_samples)
-            sizes = sizes.with_facts(facts)
-        if self.task in OF_SYMBOLS:
-            return OF_SYMBOLS[self.task](rng, sizes)
-        return IN_TEXT[self.task](rng, sizes, self._text(rng, self.text.splits[split]))
+        return self._made(split, rng, self.num_documents(number) if split == "train" else 1)
 
-    def _text(self, rng: np.random.Generator, split: TokenSplit) -> NDArray[np.int64]:
-        start = int(rng.integers(0, len(split) - self.seq_len))
-        return split.read(start, start + self.seq_len + 1)
+    def _made(self, split: str, rng: np.random.Generator, documents: int) -> Sample:
+        sizes = self.sizes.of_document(documents)
+        if self.task in OF_SYMBOLS:
+            made = OF_SYMBOLS[self.task](rng, sizes, documents)
+        else:
+            text = self._text(rng, self.text.splits[split], documents * (sizes.seq_len + 1))
+            made = IN_TEXT[self.task](rng, sizes, text.reshape(documents, -1))
+        return in_one_window(made) if documents > 1 else Sample(*(each[0] for each in made))
+
+    def _text(self, rng: np.random.Generator, split: TokenSplit, length: int) -> NDArray[np.int64]:
+        start = int(rng.integers(0, len(split) - length + 1))
+        return split.read(start, start + length)
 
     def bytes_per_token(self, split: str) -> float:
         """A token stands for one byte, or for one symbol."""
@@ -145,12 +173,15 @@ class RecallDataModule(TokenDataModule):
 class TaskWindows(Dataset):
     """Sample number -> {"tokens": int64 [T + 1], "scored": bool [T]}.
 
-    Numbers from `num_sequences` on have nothing to score: they fill up the ranks' last batches.
+    Training with `grow_samples` also has "document_starts", int32 [T]. Numbers from
+    `num_sequences` on have nothing to score: they fill up the ranks' last batches.
     """
 
     def __init__(self, task: RecallDataModule, split: str, num_sequences: int | None) -> None:
         self.sample_of, self.split, self.num_sequences = task.sample, split, num_sequences
         self.seq_len = task.seq_len
+        grows = split == "train" and task.grow_samples > 0
+        self.num_documents = task.num_documents if grows else None
 
     def __len__(self) -> int:
         assert self.num_sequences is not None, "training is endless"
@@ -161,10 +192,25 @@ class TaskWindows(Dataset):
             beyond = torch.full((self.seq_len + 1,), -1)
             return {"tokens": beyond, "scored": torch.zeros(self.seq_len, dtype=torch.bool)}
         sample = self.sample_of(self.split, number)
-        return {
+        found = {
             "tokens": torch.from_numpy(sample.tokens),
             "scored": torch.from_numpy(sample.scored),
         }
+        if self.num_documents is not None:
+            length = self.seq_len // self.num_documents(number)
+            found["document_starts"] = (
+                torch.arange(self.seq_len, dtype=torch.int32) // length * length
+            )
+        return found
+
+
+def check_documents(seq_len: int, grow_from: int) -> None:
+    """Refuse a number of documents that cannot be halved, or that does not divide a window."""
+    if grow_from & (grow_from - 1) or seq_len % grow_from:
+        raise ValueError(
+            f"data.grow_from={grow_from} must be a power of two that divides "
+            f"model.seq_len={seq_len}"
+        )
 
 
 def check_places(

@@ -15,8 +15,11 @@ def needle(name: str, number: str) -> bytes:
 
 
 def passkey(rng: np.random.Generator, sizes: Sizes, text: NDArray[np.int64]) -> Sample:
-    """One number in the text, at `needle_depth`; its digits are asked for (arXiv 2305.16300)."""
-    return hide(rng, sizes.with_facts(1), text, rng.choice(NAMES, 1))
+    """One number in each text, [N, T + 1], at `needle_depth`; its digits are asked for
+    (arXiv 2305.16300).
+    """
+    sizes = sizes.with_facts(1)
+    return stacked([hide(rng, sizes, each, rng.choice(NAMES, 1)) for each in text])
 
 
 def needles(rng: np.random.Generator, sizes: Sizes, text: NDArray[np.int64]) -> Sample:
@@ -25,7 +28,13 @@ def needles(rng: np.random.Generator, sizes: Sizes, text: NDArray[np.int64]) -> 
     """
     if sizes.num_facts > len(NAMES):
         raise ValueError(f"data.num_facts={sizes.num_facts}: data.task=needles has {len(NAMES)}")
-    return hide(rng, sizes, text, rng.choice(NAMES, sizes.num_facts, replace=False))
+    count = sizes.num_facts
+    return stacked([hide(rng, sizes, t, rng.choice(NAMES, count, replace=False)) for t in text])
+
+
+def stacked(samples: list[Sample]) -> Sample:
+    """Single windows as one sample of all of them."""
+    return Sample(*map(np.stack, zip(*samples, strict=True)))
 
 
 def hide(

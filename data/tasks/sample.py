@@ -10,15 +10,16 @@ KEYS = np.arange(0, 64)  # ids of keys, of values, and of what lies between fact
 VALUES = np.arange(64, 128)
 FILLER = np.arange(128, 256)
 NO_EVIDENCE = -1
+NO_TOKEN = -1
 
 
 class Sample(NamedTuple):
-    """One window of a task.
+    """Windows of a task, or one without the first dimension.
 
     Args:
-        tokens: [T + 1].
-        evidence: [T], for each label that is asked the position of the token which answers it, for
-            the others `NO_EVIDENCE`.
+        tokens: [N, T + 1].
+        evidence: [N, T], for each label that is asked the position of the token which answers it,
+            for the others `NO_EVIDENCE`.
     """
 
     tokens: NDArray[np.int64]
@@ -26,7 +27,7 @@ class Sample(NamedTuple):
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """Which labels are asked: [T]."""
+        """Which labels are asked: [N, T]."""
         return self.evidence != NO_EVIDENCE
 
 
@@ -63,11 +64,36 @@ class Sizes:
         questions = min(self.num_questions, num_facts)
         return Sizes(**{**vars(self), "num_facts": num_facts, "num_questions": questions})
 
+    def of_document(self, documents: int) -> "Sizes":
+        """Of each of so many documents that share a window: of everything a part.
 
-def blank(rng: np.random.Generator, sizes: Sizes) -> Sample:
-    """A window of filler in which nothing is asked."""
-    tokens = rng.choice(FILLER, sizes.seq_len + 1)
-    return Sample(tokens, np.full(sizes.seq_len, NO_EVIDENCE))
+        A document has as many tokens as labels: the token behind its last one is another's.
+        """
+        if documents == 1:
+            return self
+        parts = {
+            "seq_len": self.seq_len // documents - 1,
+            "num_facts": max(self.num_facts // documents, min(self.num_facts, 2)),
+            "num_questions": max(self.num_questions // documents, 1),
+            "min_distance": self.min_distance // documents,
+        }
+        return Sizes(**{**vars(self), **parts})
+
+
+def blank(rng: np.random.Generator, sizes: Sizes, count: int) -> Sample:
+    """Windows of filler in which nothing is asked."""
+    tokens = rng.choice(FILLER, (count, sizes.seq_len + 1))
+    return Sample(tokens, np.full((count, sizes.seq_len), NO_EVIDENCE))
+
+
+def in_one_window(documents: Sample) -> Sample:
+    """Documents of [N, L] tokens side by side, and a token behind them that nobody is asked for."""
+    tokens, evidence = documents
+    count, length = tokens.shape
+    first = length * np.arange(count)[:, None]
+    evidence = np.where(evidence == NO_EVIDENCE, NO_EVIDENCE, evidence + first)
+    evidence = np.pad(evidence, ((0, 0), (0, 1)), constant_values=NO_EVIDENCE)
+    return Sample(np.append(tokens.reshape(-1), NO_TOKEN), evidence.reshape(-1))
 
 
 def check_room(task: str, sizes: Sizes, needed: int, room: int) -> None:
