@@ -214,9 +214,11 @@ class HuggingFaceDataModule(TokenDataModule):
             training documents is kept out of training.
         val_fraction, test_fraction: of the training documents, for a split without a name.
         text_column: the column.
-        streaming: take rows as they arrive, without a copy of the dataset on this disk.
+        streaming: take rows as they arrive, without a copy of the dataset on this disk. Files on
+            this disk are always read where they are, but for parts of splits (train[:90%]).
         max_tokens: end a split with the document that reaches so many tokens; None: take all.
-        shuffle_seed: shuffle the documents before they are written; None: keep their order.
+        shuffle_seed: shuffle the documents before they are written (a stream: its files, and the
+            documents of each 16 MB); None: keep their order.
         tokenizer, eot_token: see `data.tokenizer.TokenizerChoice`; train learns from the documents
             of the train split.
     """

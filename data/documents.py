@@ -10,6 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data.base import SPLITS
 from data.shards import ShardWriter
 from data.sources import Watch, pieces, release, unpacked
 from data.tokenizer import AnyTokenizer
@@ -119,7 +120,7 @@ def write_documents(
             write_document(writer, tokenizer, splits[0], text_bytes(batch))
         elif write_batch(writer, tokenizer, batch, splits, max_tokens) < len(batch):
             return
-        if max_tokens is not None and max(map(writer.num_tokens, set(splits))) >= max_tokens:
+        if max_tokens is not None and max(map(writer.num_tokens, named(splits))) >= max_tokens:
             return
 
 
@@ -133,12 +134,12 @@ def write_batch(
     """Tokenize documents until a split has `max_tokens`; returns how many were taken."""
     ids, sizes = tokenizer.encode_documents(text_bytes(batch), offsets(batch) - offsets(batch)[0])
     kept = len(batch)
-    for split in set(splits) if max_tokens is not None else ():
+    for split in named(splits) if max_tokens is not None else ():
         reached = writer.num_tokens(split) + np.cumsum(sizes * (splits == split)) >= max_tokens
         kept = min(kept, int(reached.argmax()) + 1) if reached.any() else kept
     num_bytes = np.diff(offsets(batch))[:kept] + 1
     splits, sizes = splits[:kept], sizes[:kept]
-    for split in dict.fromkeys(splits):
+    for split in named(splits):
         chosen = splits == split
         tokens = ids[: sizes.sum()]
         tokens = tokens if chosen.all() else tokens[np.repeat(chosen, sizes)]
@@ -155,3 +156,8 @@ def check_eot(tokenizer: AnyTokenizer, name: str) -> None:
             f"data.tokenizer={name!r} names no end of text, which documents are joined by: "
             "set data.eot_token"
         )
+
+
+def named(splits: NDArray[np.str_]) -> list[str]:
+    """The splits that documents are in."""
+    return [split for split in SPLITS if (splits == split).any()]

@@ -9,19 +9,22 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
 from data import hub
-from data.documents import BATCH, HELD, OFFSETS, Texts, documents, with_text
+from data.documents import HELD, OFFSETS, Texts, documents, with_text
+from data.parquet import parquet_tables
+from data.shuffle import shuffled, shuffled_stream
 from data.sources import local_files, release, stamp, unpacked
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset, DatasetBuilder, IterableDataset
 
-ROWS_VERSION = 2  # of what is taken for the rows of a split: tokens of other versions are made anew
-ROWS = 1 << 14  # of shuffled ones, read at once, at most
-SHUFFLE_BUFFER = 10_000  # documents among which a stream is shuffled
+ROWS_VERSION = 3  # of what is taken for the rows of a split: tokens of other versions are made anew
+JSON_BLOCK = 1 << 22  # bytes of JSON Lines read at once
+PART = re.compile(r"[+\[]|^all$")  # in the name of what is only a part of a split, or a sum
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class DatasetChoice:
 
     def check_slices(self, names: Mapping[str, str | None]) -> None:
         """Refuse slices and sums of splits, as in train[:90%] or train+test, that share rows."""
-        if not any(re.search(r"[+\[]|^all$", name) for two in pairs(names) for _, name in two):
+        if not any(PART.search(name) for two in pairs(names) for _, name in two):
             return
         sizes = {}
         for name in filter(None, names.values()):
@@ -79,15 +82,22 @@ class DatasetChoice:
         }
 
     def batches(self, split: str) -> Iterator[Texts]:
-        """The text of a split's rows, with a progress bar; rows without any are left out.
+        """The text of a split's rows, shuffled where asked; rows without any are left out.
 
         Raises:
             ValueError: the split cannot be loaded, has no such column, or the column no text.
         """
-        data = self._shuffled(self._load(split))
-        held, mapped = 0, [entry["filename"] for entry in getattr(data, "cache_files", [])]
+        texts = self._in_order(split)
+        if self.shuffle_seed is None:
+            return texts
+        return (shuffled_stream if self.streaming else shuffled)(texts, self.shuffle_seed)
+
+    def _in_order(self, split: str) -> Iterator[Texts]:
+        """The text of a split's rows, with a progress bar."""
+        tables, mapped = self._tables(split)
+        held = 0
         with tqdm(desc=f"{self.name} {split}", unit=" rows", delay=1) as bar:
-            for chunk in self._chunks(split, data):
+            for chunk in self._chunks(split, tables):
                 for batch in documents(self._texts(chunk, bar.n)):
                     yield with_text(batch)
                     held += batch.nbytes
@@ -96,9 +106,19 @@ class DatasetChoice:
                 bar.update(len(chunk))
         release(mapped)
 
-    def _chunks(self, split: str, data: "Dataset | IterableDataset") -> Iterator[pa.Array]:
+    def _tables(self, split: str) -> tuple[Iterator[pa.Table], list[str]]:
+        """A split's rows, and the mapped files that they lie in.
+
+        Files on this disk are read where they are; only a part of a split needs the library's copy.
+        """
+        if files := self._parquet_files(split):
+            return parquet_tables(files, self.text_column), []
+        data = self._load(split)
+        mapped = [entry["filename"] for entry in getattr(data, "cache_files", [])]
+        return tables_of(data, self.shuffle_seed), mapped
+
+    def _chunks(self, split: str, tables: Iterator[pa.Table]) -> Iterator[pa.Array]:
         """The column of text as it lies in memory, or as it arrives."""
-        tables = tables_of(data)
         while True:
             try:
                 table = next(tables, None)
@@ -122,29 +142,58 @@ class DatasetChoice:
         return chunk
 
     def _load(self, split: str) -> "Dataset | IterableDataset":
-        import datasets  # takes a second to import
         from datasets.exceptions import DatasetsError
 
-        folder = Path(self.name).expanduser()
         try:
-            if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-                return self._saved(folder, split)
+            if self._is_saved():
+                return self._saved(split)
             with nullcontext() if self.files() else hub.asked_once():
-                return datasets.load_dataset(
-                    str(folder) if folder.exists() else self.name,
-                    self.config,
-                    split=split,
-                    data_files=self.data_files,
-                    revision=self.revision,
-                    streaming=self.streaming,
-                )
+                builder = self._builder()
+                if self.streaming or self._in_place(split):
+                    return cast("IterableDataset", builder.as_streaming_dataset(split))
+                builder.download_and_prepare()
+                return cast("Dataset", builder.as_dataset(split))
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, DatasetsError) as error:
             self._refuse(split, error)
 
-    def _saved(self, folder: Path, split: str) -> "Dataset | IterableDataset":
+    def _in_place(self, split: str) -> bool:
+        """Whether the split is whole and on this disk."""
+        return bool(self.files()) and not PART.search(split)
+
+    def _is_saved(self) -> bool:
+        """Whether the name is a folder that `save_to_disk` wrote."""
+        folder = Path(self.name).expanduser()
+        return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+    def _parquet_files(self, split: str) -> list[str]:
+        """The files of a split that is parquet on this disk."""
+        if self._is_saved() or not self._in_place(split):
+            return []
+        try:
+            builder = self._builder()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._refuse(split, error)
+        named = (builder.config.data_files or {}) if builder.name == "parquet" else {}
+        return list(named.get(split, []))
+
+    def _builder(self) -> "DatasetBuilder":
+        import datasets  # takes a second to import
+
+        folder = Path(self.name).expanduser()
+        builder = datasets.load_dataset_builder(
+            str(folder) if folder.exists() else self.name,
+            self.config,
+            data_files=self.data_files or None,
+            revision=self.revision,
+        )
+        if builder.name == "json":
+            cast(Any, builder.config).chunksize = JSON_BLOCK
+        return builder
+
+    def _saved(self, split: str) -> "Dataset | IterableDataset":
         import datasets
 
-        saved = datasets.load_from_disk(str(folder))
+        saved = datasets.load_from_disk(str(Path(self.name).expanduser()))
         if isinstance(saved, datasets.Dataset):  # one split; a slice goes by the split's name
             saved = {re.split(r"\W", str(saved.split or "train"))[0]: saved}
         if split not in saved:
@@ -164,14 +213,6 @@ class DatasetChoice:
             f"data.name={self.name!r} data.config={self.config!r}: split {split!r} cannot be "
             f"loaded: {'. '.join(reasons)}"
         ) from error
-
-    def _shuffled(self, data: "Dataset | IterableDataset") -> "Dataset | IterableDataset":
-        if self.shuffle_seed is None:
-            return data
-        if self.streaming:
-            data = cast("IterableDataset", data)
-            return data.shuffle(seed=self.shuffle_seed, buffer_size=SHUFFLE_BUFFER)
-        return data.shuffle(seed=self.shuffle_seed)
 
 
 def pairs(names: Mapping[str, str | None]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
@@ -195,30 +236,25 @@ def refuse_shared(option: str, name: str, other: str, its: str) -> NoReturn:
     )
 
 
-def tables_of(data: "Dataset | IterableDataset") -> Iterator[pa.Table]:
-    """The rows of a dataset in tables, of which none is copied to make it of a certain size."""
+def tables_of(
+    data: "Dataset | IterableDataset", shuffle_seed: int | None = None
+) -> Iterator[pa.Table]:
+    """The rows of a dataset in tables, of which none is copied to make it of a certain size.
+
+    With a seed, the files of a stream come in another order.
+    """
     from datasets import Dataset
 
-    if not isinstance(data, Dataset):
-        stream = data.with_format("arrow")._ex_iterable
-        if stream.iter_arrow is not None:
-            yield from (table for _, table in stream.iter_arrow())
-        else:
-            yield from data.with_format("arrow").iter(batch_size=1)
-    elif data._indices is None:
+    if isinstance(data, Dataset):
         yield data.with_format("arrow")[:]
+        return
+    stream = data.with_format("arrow")._ex_iterable
+    if shuffle_seed is not None:
+        stream = stream.shuffle_data_sources(np.random.default_rng(shuffle_seed))
+    if stream.iter_arrow is not None:
+        yield from (table for _, table in stream.iter_arrow())
     else:
-        yield from shuffled_rows(data.with_format("arrow"))
-
-
-def shuffled_rows(data: "Dataset") -> Iterator[pa.Table]:
-    """Rows in an order of their own, about `BATCH` bytes at once: each batch tells of the next."""
-    start, rows = 0, 1
-    while start < len(data):
-        table = cast(pa.Table, data[start : start + rows]).combine_chunks()  # each row is one
-        yield table
-        start += rows
-        rows = max(1, min(2 * rows, ROWS, rows * BATCH // (table.nbytes + 1)))
+        yield from data.with_format("arrow").iter(batch_size=1)
 
 
 def refuse_rows(column: str, values: pa.Array, first: int) -> NoReturn:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -41,15 +42,27 @@ def permuted(index: int, size: int, key: int) -> int:
     A Feistel network over the next even power of two, walked until it lands inside: no table,
     whatever the size, and the same on every machine.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low = (1 << half) - 1
     while True:
-        left, right = index >> half, index & low
-        for turn in range(ROUNDS):
-            left, right = right, left ^ (mix(key, turn, right) & low)
-        index = left << half | right
+        index = _feistel(index, size, key)
         if index < size:
             return index
+
+
+def permuted_each(indices: NDArray[np.uint64], size: int, key: int) -> NDArray[np.uint64]:
+    """`permuted` of each index [n]."""
+    found = _feistel(indices, size, key)
+    while (outside := found >= size).any():
+        found[outside] = _feistel(found[outside], size, key)
+    return found
+
+
+def _feistel(index: Any, size: int, key: int) -> Any:
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    left, right = index >> half, index & low
+    for turn in range(ROUNDS):
+        left, right = right, left ^ (mix(key, turn, right) & low)
+    return left << half | right
 
 
 def visited(sample: int, num_windows: int, seed: int) -> tuple[int, int]:

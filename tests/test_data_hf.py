@@ -10,12 +10,15 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerFast
 
 from data.datamodule import HuggingFaceDataModule, TextDataModule
 from data.huggingface import tables_of
+from data.parquet import PORTION, parquet_tables
 from data.tokenizer import (
     END_OF_TEXT,
     SubwordTokenizer,
@@ -157,13 +160,23 @@ def test_a_name_on_the_hub_is_asked_for_with_config_and_revision(
 ) -> None:
     asked = []
 
-    def load_dataset(*args: Any, **options: Any) -> datasets.Dataset:
-        asked.append((args, options["revision"], options["streaming"], options["split"]))
-        return datasets.Dataset.from_dict({"text": DOCUMENTS})
+    class Builder:
+        name = "a builder of its own"
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        def download_and_prepare(self) -> None:
+            asked.append("copied")
+
+        def as_dataset(self, split: str) -> datasets.Dataset:
+            asked.append(split)
+            return datasets.Dataset.from_dict({"text": DOCUMENTS})
+
+    def load_dataset_builder(*args: Any, revision: str, **_: Any) -> Builder:
+        asked.append((args, revision))
+        return Builder()
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     hf(name="some/corpus", data_files=None, config="en", revision="v2", train_split="all")
-    assert asked == [(("some/corpus", "en"), "v2", False, "all")]
+    assert asked == [(("some/corpus", "en"), "v2"), "copied", "all"]
 
 
 def test_changed_files_are_read_again(tmp_path: Path) -> None:
@@ -389,7 +402,13 @@ def test_no_more_of_a_corpus_is_held_than_arrives_at_once(tmp_path: Path) -> Non
     stream = datasets.load_dataset("json", **options, streaming=True)
     arrived = [table.nbytes for table in tables_of(stream)]
     assert len(arrived) > 2 and max(arrived) < sum(arrived) / 2
-    shuffled = datasets.load_dataset("json", **options).shuffle(seed=0)
-    tables = list(tables_of(shuffled))
-    assert sum(map(len, tables)) == len(sizes) and all(t["text"].num_chunks == 1 for t in tables)
-    assert max(table.nbytes for table in tables) < sum(arrived) / 2
+
+
+def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    """The library decodes whole row groups; this file is one."""
+    texts = pa.array([f"{i:05d} " * 10_000 for i in range(300)])
+    pq.write_table(pa.table({"text": texts, "i": range(300)}), tmp_path / "corpus.parquet")
+    tables = list(parquet_tables(["corpus.parquet"], "text"))
+    assert pa.concat_tables(tables)["text"].combine_chunks() == texts
+    assert max(table.nbytes for table in tables) < 2 * PORTION
+    assert next(parquet_tables(["corpus.parquet"], "body")).column_names == ["text", "i"]
