@@ -1,17 +1,23 @@
-"""Triton's interpreter, four to five times as fast: the same arithmetic, without repeated work.
+"""Triton's interpreter, eight times as fast: the same arithmetic, without repeated work.
 
 Where a reduction or a scan combines by a function of one's own, the interpreter calls it once an
 element, which took three quarters of the time of a layer. Such functions are elementwise, so that a
-call can take a slice. And it patches `triton.language` anew for every helper that a kernel calls.
+call can take a slice. It patches `triton.language` anew for every helper that a kernel calls, works
+out shapes and dtypes anew for every value, and looks for overflow in all arithmetic of integers,
+although it reports none unless it debugs.
 """
 
+import dataclasses
 import inspect
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
 patch = interpreter._patch_lang  # as Triton has it
+np_dtype_of_scalar = cache(interpreter._get_np_dtype)
 
 
 def slices(operation, tensors, i: int) -> tuple:
@@ -64,15 +70,58 @@ def scan(self, tensors: tuple) -> list:
     ]
 
 
+@cache
+def languages(function) -> list:
+    """The names that a function has for `triton.language`."""
+    return [x for x in function.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)]
+
+
 def patch_once(function):
     """For `_patch_lang`, which a kernel that runs has called for its helpers as well."""
-    seen = [x for x in function.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)]
+    seen = languages(function)
     if any(tl.core.is_builtin(module.load) for module in seen) or not seen:
         return patch(function)
     return interpreter._LangPatchScope()
 
 
+def np_dtype(of: tl.dtype) -> np.dtype:
+    """For `_get_np_dtype`, which makes a table of all of them to look one up."""
+    of = of.scalar
+    return np.dtype(np.uint64) if of.is_ptr() else np_dtype_of_scalar(of)
+
+
+def plain(shape) -> tuple[int, ...]:
+    return tuple([getattr(size, "value", size) for size in shape])
+
+
+def remembering_shapes(new_block_type: Callable, new_tensor: Callable) -> tuple[Callable, Callable]:
+    """The `__init__` of `block_type` and `tensor` that take shapes from equal ones made before."""
+    types: dict[tuple, dict] = {}
+    tensors: dict[tuple, dict] = {}
+
+    def block_type(self, element_ty: tl.dtype, shape) -> None:
+        key = element_ty.name, plain(shape)
+        if key not in types:
+            new_block_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key], element_ty=element_ty)
+
+    def tensor(self, handle, type: tl.dtype) -> None:
+        key = plain(type.shape) if type.is_block() else ()
+        if key not in tensors:
+            new_tensor(self, None, type)
+            tensors[key] = dict(vars(self))
+        vars(self).update(tensors[key], handle=handle, type=type, dtype=type.scalar)
+
+    return block_type, tensor
+
+
 def install() -> None:
+    interpreter._get_np_dtype = np_dtype
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
+    quick = remembering_shapes(tl.block_type.__init__, tl.tensor.__init__)
+    tl.block_type.__init__, tl.tensor.__init__ = quick
     interpreter.ReduceOps.generic_reduce = reduce
     interpreter.ScanOps.generic_scan = scan
     if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.6 patches for good
