@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "runs.run", "runs.sweep", "data.datamodule"])
+FORKS.set_forkserver_preload(["tests.warm"])
 
 
 class Signal(NamedTuple):
