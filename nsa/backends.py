@@ -109,7 +109,7 @@ if find_spec("triton"):
         append_block=kernels.append_block,
         cached_attention=kernels.cached_attention,
         importances=frozenset({"probability_sum", "logit_mean"}),
-        covers=OPTIONS - {"document_starts"},
+        covers=OPTIONS,
     )
 
 

@@ -35,6 +35,20 @@ def document_ends(document_starts: Starts) -> Starts:
     return torch.searchsorted(starts, starts, right=True, out_int32=True)
 
 
+class Extents(NamedTuple):
+    """Where the documents of a row start and end, by token; None twice where a row is one."""
+
+    starts: Starts | None
+    ends: Starts | None
+
+
+def extents_of(document_starts: Starts | None) -> Extents:
+    """`Extents` of documents, or of none."""
+    if document_starts is None:
+        return Extents(None, None)
+    return Extents(document_starts, document_ends(document_starts))
+
+
 def positions(document_starts: Starts) -> Starts:
     """Where each token stands in its document."""
     tokens = torch.arange(document_starts.shape[1], device=document_starts.device)

@@ -137,18 +137,20 @@ def judge_selection(
     dtype: torch.dtype,
     *,
     shared: bool = True,
+    document_starts: blocks.Starts = None,
 ) -> tuple[Verdict, Tensor]:
     """Whether the chosen blocks score as much as the reference's; and the reference's choice.
 
     Two blocks may score the same within rounding, so what counts is the score that is lost.
     q, k_cmp and lse are float64.
     """
-    importance = reference.block_importance(q, k_cmp, lse, cfg, shared)
-    want = reference.top_blocks(importance, cfg)
+    told = {} if document_starts is None else {"document_starts": document_starts}
+    importance = reference.block_importance(q, k_cmp, lse, cfg, shared, **told)
+    want = reference.top_blocks(importance, cfg, **told)
     inputs = (q.to(dtype), k_cmp.to(dtype), lse.to(torch.promote_types(dtype, torch.float32)))
     with poisoned_empty():
-        got, again = (select(*inputs, cfg, shared) for _ in range(2))
-    rank = blocks.priority(q.shape[1], cfg, q.device)[:, None]
+        got, again = (select(*inputs, cfg, shared, **told) for _ in range(2))
+    rank = blocks.priority(q.shape[1], cfg, q.device, **told).unsqueeze(-2)
     score = torch.where(rank > blocks.FREE, 1e3 * rank, importance.clamp_min(-1e3))
 
     def kept(index: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def test_ops_are_what_pytorch_takes_them_for():
     q, k, v = (x.contiguous() for x in inputs()[:3])
     angles, new = torch.randn(12, 8, device=DEVICE), partial(torch.randn, device=DEVICE)
     for op, arguments in (
-        (torch.ops.nsa.attend_tiles, (q, k, v, None, "band", True, 8, 1, 0)),
+        (torch.ops.nsa.attend_tiles, (q, k, v, None, None, "band", True, 8, 1, 0)),
         (torch.ops.nsa.rotate, (q, angles, False)),
         (torch.ops.nsa.block_means, (k, 6, 4)),
         (torch.ops.nsa.attention_pool, (k, new(16, 16), new(6, 16), new(1, 6, 16), 4)),

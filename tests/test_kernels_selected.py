@@ -86,15 +86,15 @@ def test_dense_blocks_have_no_partial_results(R, dense, monkeypatch):
 
     class Recorded:
         def __getitem__(self, grid):
-            def launch(q, k, v, part, *rest, **sizes):
+            def launch(q, k, v, starts, part, *rest, **sizes):
                 parts.append(part.clone())
-                merge[grid](q, k, v, part, *rest, **sizes)
+                merge[grid](q, k, v, starts, part, *rest, **sizes)
 
             return launch
 
     monkeypatch.setattr(block_order, "merge_kernel", Recorded())
     with poisoned_empty():
-        out, *_ = block_order.attend_blocks(q, k, v, indices, None, 12, True, initial, local)
+        out, *_ = block_order.attend_blocks(q, k, v, indices, None, None, 12, True, initial, local)
     torch.testing.assert_close(out, reference.selected_attention(q, k, v, indices, cfg))
     own = torch.arange(T, device=DEVICE)[:, None, None] // 12
     dense_slots = (indices[0] < initial) | (indices[0] > own - local)

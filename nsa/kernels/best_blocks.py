@@ -18,20 +18,21 @@ LAST = tl.constexpr(2**31 - 1)  # above any block index
 
 @jit
 def ranking(
-    score, row, own, first, num_blocks,
+    score, row, own, begin, end,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Order-preserving int32: forced blocks first (own, initial, local), then the higher score.
 
-    Rows and own count from the block `first`: what a loop counts in is 64 bits wide, rows are not.
+    Blocks are begin ... end - 1. These and own count from the block of row 0: what a loop counts in
+    is 64 bits wide, rows are not.
     """
     rank = (score + 0.0).to(tl.int32, bitcast=True)
     if LOGITS:
         rank = rank ^ ((rank >> 31) & LAST)  # floats as integers of the same order
     rank = tl.where((row < own) & (row > own - LOCAL), LAST - 2, rank)
-    rank = tl.where(row < INITIAL - first, LAST - 1, rank)
+    rank = tl.where(row < INITIAL + begin, LAST - 1, rank)
     rank = tl.where(row == own, LAST, rank)
-    may = row <= own if CAUSAL else row < num_blocks - first
+    may = row <= own if CAUSAL else row < end
     return tl.where(may, rank, EMPTY)
 
 

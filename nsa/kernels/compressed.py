@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nsa.blocks import Starts
 from nsa.config import NSAConfig
-from nsa.kernels.primitives import operands
+from nsa.kernels.primitives import operands, whole
 from nsa.kernels.tile_order.op import Mask, attend_tiles
 
 
@@ -16,6 +17,8 @@ def compressed_attention(
     cfg: NSAConfig,
     mem_k: Float[Tensor, "G Nm D"] | None = None,
     mem_v: Float[Tensor, "G Nm Dv"] | None = None,
+    *,
+    document_starts: Starts = None,
 ) -> tuple[Float[Tensor, "B T H Dv"], Float[Tensor, "B T H"]]:
     """Output and the natural-log sum of exponents (float32), both differentiable.
 
@@ -27,7 +30,8 @@ def compressed_attention(
         k_cmp, v_cmp = with_memory(mem_k, k_cmp), with_memory(mem_v, v_cmp)
     q, k_cmp, v_cmp = operands(q, k_cmp, v_cmp)
     span, stride = cfg.compress_block_size, cfg.compress_block_sliding_stride
-    return attend_tiles(q, k_cmp, v_cmp, None, *Mask("prefix", cfg.causal, span, stride, memories))
+    mask = Mask("prefix", cfg.causal, span, stride, memories)
+    return attend_tiles(q, k_cmp, v_cmp, None, whole(document_starts), *mask)
 
 
 def with_memory(

@@ -15,7 +15,14 @@ import triton.language as tl
 
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import LOG2E, load_lse2, load_rows, store_rows
-from nsa.kernels.tile_order.kernels import seeing_tokens, seen_keys
+from nsa.kernels.tile_order.visible import (
+    document_start,
+    key_range,
+    leap,
+    seeing_tokens,
+    seen_keys,
+    sees,
+)
 
 
 @jit
@@ -46,7 +53,7 @@ def spread(
 
 @jit
 def importance_dq_kernel(
-    q_ptr, k_ptr, lse_ptr, indices_ptr, dvalue_ptr, dq_ptr, norm_ptr, mean_ptr,
+    q_ptr, k_ptr, lse_ptr, starts_ptr, indices_ptr, dvalue_ptr, dq_ptr, norm_ptr, mean_ptr,
     T, num_keys, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
@@ -71,15 +78,21 @@ def importance_dq_kernel(
     rows = (b * T + row_t) * H + j * R + r
     q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
     lse2 = load_lse2(lse_ptr, rows, live)
-    _, end = seen_keys(row_t, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
+    start = document_start(starts_ptr, b, row_t, T)
+    first, end = seen_keys(row_t, start, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
+    start = document_start(starts_ptr, b, t0, T)
+    s_lo, _ = seen_keys(t0, start, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
     last = tl.minimum(t0 + TOKENS, T) - 1
-    _, last_end = seen_keys(last, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
+    _, s_hi = seen_keys(last, start, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
+    DOCUMENTS: tl.constexpr = starts_ptr is not None
+    s_lo, s_hi, distance = key_range(s_lo, s_hi, "prefix", MEMORY, KEYS, DOCUMENTS)
 
     norm = tl.zeros([ROWS], tl.float32)
     pw_sum = tl.zeros([ROWS], tl.float32)
     pk_sum = tl.zeros([ROWS, PADDED_D], tl.float32)
     pwk_sum = tl.zeros([ROWS, PADDED_D], tl.float32)
-    for s0 in range(0, last_end, KEYS):
+    for s0 in range(s_lo, s_hi, KEYS):
+        s0 = leap(s0, distance, MEMORY, KEYS, DOCUMENTS)
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + j // (J // G)
         k = load_rows(k_ptr, key_rows, offs_s < num_keys, D, PADDED_D)  # [KEYS, PADDED_D]
@@ -87,7 +100,7 @@ def importance_dq_kernel(
         w = tl.broadcast_to(w[:, None, :], [TOKENS, HEADS, KEYS])
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[:, None])  # [ROWS, KEYS]
-        p = tl.where(offs_s[None, :] < end[:, None], p, 0.0)
+        p = tl.where(sees(offs_s[None, :], first[:, None], end[:, None], MEMORY), p, 0.0)
         pw = p * tl.reshape(w, [ROWS, KEYS])
         norm += tl.sum(p, 1)
         pw_sum += tl.sum(pw, 1)
@@ -111,7 +124,8 @@ def add_exactly(total, lost, x):
 
 @jit
 def importance_dk_kernel(
-    q_ptr, k_ptr, lse_ptr, norm_ptr, mean_ptr, indices_ptr, dsum_ptr, dk_ptr, T, num_keys, scale,
+    q_ptr, k_ptr, lse_ptr, norm_ptr, mean_ptr, starts_ptr, ends_ptr, indices_ptr, dsum_ptr, dk_ptr,
+    T, num_keys, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
     MEMORY: tl.constexpr, CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
@@ -130,14 +144,18 @@ def importance_dk_kernel(
     offs_s = s0 + tl.arange(0, KEYS)
     key_rows = (b * num_keys + offs_s) * G + g
     k = load_rows(k_ptr, key_rows, offs_s < num_keys, D, PADDED_D)  # [KEYS, PADDED_D]
-    t_lo, _t_hi = seeing_tokens(s0, s0, T, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
+    s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
+    t_lo, t_hi = seeing_tokens(
+        s0, s_hi, T, ends_ptr, b, "prefix", CAUSAL, SIZE, STRIDE, MEMORY
+    )  # fmt: skip
     dk = tl.zeros([KEYS, PADDED_D], tl.float32)
     lost = tl.zeros([KEYS, PADDED_D], tl.float32)
-    for t0 in range(t_lo, T, TOKENS):
+    for t0 in range(t_lo, t_hi, TOKENS):
         t = t0 + tl.arange(0, TOKENS)
         live = t < T
-        _first, end = seen_keys(t, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
-        seen = (offs_s[None, :] < end[:, None]) & live[:, None]
+        start = document_start(starts_ptr, b, t, T)
+        first, end = seen_keys(t, start, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
+        seen = sees(offs_s[None, :], first[:, None], end[:, None], MEMORY) & live[:, None]
         for jj in range(J // G):
             j = g * (J // G) + jj
             slots = ((b * T + t) * J + j) * N

@@ -114,6 +114,11 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def whole(x: Tensor | None) -> Tensor | None:
+    """A contiguous array, if there is any."""
+    return None if x is None else x.contiguous()
+
+
 def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as kernels multiply them: contiguous, of one dtype, under autocast of its own."""
     device = tensors[0].device.type

@@ -15,17 +15,20 @@ TOKENS = 16  # of a program
 @jit
 def rotate_kernel(
     x_ptr, angles_ptr, out_ptr, T, num_tokens, stride_b, stride_t, stride_h,
-    H: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
+    H: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, BY_ROW: tl.constexpr,
     PADDED_HALF: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens, one head after the other: (x[i], x[i + HALF]) by the token's angle i."""
+    """TOKENS tokens, one head after the other: (x[i], x[i + HALF]) by the token's angle i.
+
+    Angles are [T, HALF], or BY_ROW of the batch [B, T, HALF].
+    """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     b, t = token // T, token % T
     i = tl.arange(0, PADDED_HALF)[None, :]
     live = (token < num_tokens)[:, None] & (i < HALF)
-    angle = tl.load(
-        angles_ptr + t[:, None] * HALF + i, mask=live, other=0.0
-    )  # [TOKENS, PADDED_HALF]
+    place = token if BY_ROW else t
+    angles = angles_ptr + place[:, None] * HALF + i
+    angle = tl.load(angles, mask=live, other=0.0)  # [TOKENS, PADDED_HALF]
     cos, sin = tl.cos(angle), tl.sin(angle)
     if BACK:
         sin = -sin
@@ -46,7 +49,8 @@ def rotate_op(x: Tensor, angles: Tensor, back: bool) -> Tensor:
     with torch.cuda.device_of(x):
         rotate_kernel[(cdiv(B * T, TOKENS),)](
             x, angles, out, T, B * T, *x.stride()[:3],
-            H=H, HALF=D // 2, BACK=back, PADDED_HALF=power_of_2(D // 2), TOKENS=TOKENS, num_warps=4,
+            H=H, HALF=D // 2, BACK=back, BY_ROW=angles.ndim == 3, PADDED_HALF=power_of_2(D // 2),
+            TOKENS=TOKENS, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -75,7 +79,7 @@ def rows_whole(x: Tensor) -> Tensor:
 
 
 def rotate(
-    x: Float[Tensor, "B T H D"], angles: Float[Tensor, "T half"]
+    x: Float[Tensor, "B T H D"], angles: Float[Tensor, "*B T half"]
 ) -> Float[Tensor, "B T H D"]:
     """Rotate the pairs (x[i], x[i + D/2]) in float32; x may be a view whose heads are apart.
 

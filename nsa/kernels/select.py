@@ -17,6 +17,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nsa.blocks import Starts
 from nsa.config import NSAConfig
 from nsa.kernels.autotune import with_tile
 from nsa.kernels.best_blocks import EMPTY, LAST, keep_best, one_set, ranking
@@ -30,17 +31,19 @@ from nsa.kernels.primitives import (
     padded,
     power_of_2,
     precision,
+    whole,
 )
 from nsa.kernels.registration import custom_op, register_fake
+from nsa.kernels.tile_order.visible import document_start
 from nsa.kernels.tile_sizes import Problem, Tile
 
 
 @jit
 def score_tile(
-    q_ptr, k_ptr, lse_ptr, rows, live, t, b, g, s0, T, C, scale,
+    q_ptr, k_ptr, lse_ptr, rows, live, t, start, b, g, s0, T, C, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, LANES: tl.constexpr,
-    CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
+    CAUSAL: tl.constexpr, LOGITS: tl.constexpr, DOCUMENTS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum over the heads of probabilities, or of scaled scores; 0 where unseen.  Also: seen."""
@@ -61,8 +64,11 @@ def score_tile(
             lse2 = load_lse2(lse_ptr, rows + r, live)
             score += tl.exp2(s * (scale * LOG2E) - lse2[:, None])
     if CAUSAL:  # what has ended exists
-        end = (tl.arange(0, BLOCKS * LANES) % BLOCKS * RATIO + lane) * STRIDE + SIZE - 1
-        seen = (lane < RATIO)[None, :] & (end[None, :] <= (t - s0 * (RATIO * STRIDE))[:, None])
+        begin = (tl.arange(0, BLOCKS * LANES) % BLOCKS * RATIO + lane) * STRIDE
+        end, token0 = begin + SIZE - 1, s0 * (RATIO * STRIDE)
+        seen = (lane < RATIO)[None, :] & (end[None, :] <= (t - token0)[:, None])
+        if DOCUMENTS:
+            seen = seen & (begin[None, :] >= (start - token0)[:, None])
     else:
         seen = tl.broadcast_to(exists[None, :], [TOKENS, BLOCKS * LANES])
     return tl.where(seen, score, 0.0), seen
@@ -115,7 +121,7 @@ def spread(
 
 @jit
 def select_kernel(
-    q_ptr, k_ptr, lse_ptr, indices_ptr, T, C, num_blocks, scale,
+    q_ptr, k_ptr, lse_ptr, starts_ptr, indices_ptr, T, C, num_blocks, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
@@ -138,16 +144,21 @@ def select_kernel(
     if CAUSAL:
         last = tl.minimum(num_blocks, (tile * TOKENS + TOKENS - 1) // LENGTH + 1)
 
+    DOCUMENTS: tl.constexpr = starts_ptr is not None
+    start = document_start(starts_ptr, b, t, T)
+    first_seen = document_start(starts_ptr, b, tile * TOKENS, T) // LENGTH
+
     column = tl.arange(0, TOKENS * SETS)  # token, set
     own = ((tile * TOKENS + column // SETS) // LENGTH)[None, :]
+    begin = document_start(starts_ptr, b, tile * TOKENS + column // SETS, T) // LENGTH
     best = tl.full([KEPT, TOKENS * SETS], EMPTY, tl.int32)
     best_tie = tl.full([KEPT, TOKENS * SETS], 0, tl.uint32)
     carry = tl.zeros([ROWS, TOKENS * SETS], tl.float32)
     carry_seen = tl.zeros([ROWS, TOKENS * SETS], tl.float32)
-    for s0 in range(0, last, BLOCKS):
+    for s0 in range(first_seen, last, BLOCKS):
         x, seen = score_tile(
-            q_ptr, k_ptr, lse_ptr, rows, live, t, b, g, s0, T, C, scale,
-            H, G, J, D, PADDED_D, SIZE, STRIDE, RATIO, LANES, CAUSAL, LOGITS,
+            q_ptr, k_ptr, lse_ptr, rows, live, t, start, b, g, s0, T, C, scale,
+            H, G, J, D, PADDED_D, SIZE, STRIDE, RATIO, LANES, CAUSAL, LOGITS, DOCUMENTS,
             TOKENS, BLOCKS, PRECISION,
         )  # fmt: skip
         score, carry = spread(x, carry, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES, SETS)
@@ -158,7 +169,12 @@ def select_kernel(
             score = tl.where(weight > 0, score / tl.where(weight > 0, weight, 1.0), -3.4028234e38)
         first = s0 + (column % SETS * ROWS)[None, :]
         row = tl.arange(0, ROWS)[:, None]
-        rank = ranking(score, row, own - first, first, num_blocks, INITIAL, LOCAL, CAUSAL, LOGITS)
+        first_row = begin[None, :] - first  # of the token's document
+        rank = ranking(
+            score, row, own - first, first_row, num_blocks - first, INITIAL, LOCAL, CAUSAL, LOGITS
+        )
+        if DOCUMENTS:
+            rank = tl.where(row >= first_row, rank, EMPTY)
         tie = (-first + LAST - row).to(tl.uint32)
         best, best_tie = keep_best(best, best_tie, rank, tie, LOG_ROWS, LOG_KEPT)
 
@@ -177,6 +193,7 @@ def select_blocks_op(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
+    starts: Tensor | None,
     index_heads: int,
     n: int,
     size: int,
@@ -198,7 +215,7 @@ def select_blocks_op(
         blocks = columns // lanes
         sets = 2 if 32 * tile.warps > tokens and blocks > 1 else 1
         select_kernel[(cdiv(T, tokens) * B * J,)](
-            q, k_cmp, lse, indices, T, k_cmp.shape[1], cdiv(T, length), D**-0.5,
+            q, k_cmp, lse, starts, indices, T, k_cmp.shape[1], cdiv(T, length), D**-0.5,
             H=H, G=k_cmp.shape[2], J=J, D=D, N=n, SIZE=size, STRIDE=stride,
             LENGTH=length, INITIAL=initial, LOCAL=local, CAUSAL=causal, LOGITS=logits,
             PADDED_D=padded(D), TOKENS=tokens, BLOCKS=blocks, LANES=lanes, SETS=sets,
@@ -214,7 +231,7 @@ def select_blocks_op(
 
 
 @register_fake(select_blocks_op)
-def _(q, k_cmp, lse, index_heads, n, *sizes):
+def _(q, k_cmp, lse, starts, index_heads, n, *sizes):
     return q.new_empty(q.shape[0], q.shape[1], index_heads, n, dtype=torch.int32)
 
 
@@ -224,6 +241,8 @@ def select_blocks(
     lse: Float[Tensor, "B T H"],
     cfg: NSAConfig,
     shared: bool = True,
+    *,
+    document_starts: Starts = None,
 ) -> Int[Tensor, "B T J N"]:
     """The n blocks each query keeps, int32: ascending, distinct, -1 in empty slots.
 
@@ -232,7 +251,8 @@ def select_blocks(
     """
     q, k_cmp = operands(q.detach(), k_cmp.detach())
     return select_blocks_op(
-        q, k_cmp, lse.detach().float().contiguous(), k_cmp.shape[2] if shared else q.shape[2],
+        q, k_cmp, lse.detach().float().contiguous(), whole(document_starts),
+        k_cmp.shape[2] if shared else q.shape[2],
         cfg.num_selected_blocks, cfg.compress_block_size, cfg.compress_block_sliding_stride,
         cfg.selection_block_size, cfg.num_initial_blocks, cfg.num_local_blocks, cfg.causal,
         cfg.importance == "logit_mean",

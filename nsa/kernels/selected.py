@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nsa.blocks import Starts
 from nsa.config import NSAConfig
 from nsa.kernels.block_order.op import attend_blocks
-from nsa.kernels.primitives import cdiv, operands, padded
+from nsa.kernels.primitives import cdiv, operands, padded, whole
 from nsa.kernels.tile_order.membership import membership
 from nsa.kernels.tile_order.op import Mask, attend_tiles
 
@@ -94,19 +95,22 @@ def selected_attention(
     block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
     block_gates: Float[Tensor, "B T J N"] | None = None,
+    *,
+    document_starts: Starts = None,
 ) -> Float[Tensor, "B T H Dv"]:
     """Attention over the tokens of the selected blocks.
 
     J is G, or H, where every query head has a selection of its own.
-    A token's indices are distinct. block_gates are straight-through: taken to be 1, they get the
-    gradient of a factor on the scores of their block's tokens.
+    A token's indices are distinct, and blocks of its document. block_gates are straight-through:
+    taken to be 1, they get the gradient of a factor on the scores of their block's tokens.
     """
     q, k, v = operands(q, k, v)
     tile_order, indices, length = in_order(block_indices, q, v, cfg, gated=block_gates is not None)
     if tile_order:
         words = membership(indices, num_words_of(k, length))
-        return attend_tiles(q, k, v, words, *Mask("bits", cfg.causal, length))[0]
+        mask = Mask("bits", cfg.causal, length)
+        return attend_tiles(q, k, v, words, whole(document_starts), *mask)[0]
     if block_gates is not None:
         block_gates = block_gates.repeat_interleave(cfg.selection_block_size // length, dim=-1)
     sizes = length, cfg.causal, *dense_blocks(cfg, length, width_of(q, v))
-    return attend_blocks(q, k, v, indices, block_gates, *sizes)[0]
+    return attend_blocks(q, k, v, indices, block_gates, whole(document_starts), *sizes)[0]

@@ -13,7 +13,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nsa.blocks import Starts
 from nsa.config import NSAConfig
+from nsa.documents import Extents, extents_of
 from nsa.kernels.compressed import with_memory
 from nsa.kernels.importance_gradients import (
     importance_dk_kernel,
@@ -31,15 +33,18 @@ from nsa.kernels.primitives import (
     power_of_2,
     precision,
     store_rows,
+    whole,
 )
 from nsa.kernels.registration import custom_op, register_autograd, register_fake
+from nsa.kernels.tile_order.visible import document_start
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
 
 
 @jit
 def importance_kernel(
-    q_ptr, k_ptr, lse_ptr, indices_ptr, value_ptr, dvalue_ptr, dq_ptr, T, num_keys, scale,
+    q_ptr, k_ptr, lse_ptr, starts_ptr, indices_ptr, value_ptr, dvalue_ptr, dq_ptr,
+    T, num_keys, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
     MEMORY: tl.constexpr, CAUSAL: tl.constexpr, LOGITS: tl.constexpr, BACKWARD: tl.constexpr,
@@ -52,6 +57,7 @@ def importance_kernel(
     RATIO: tl.constexpr = LENGTH // STRIDE
     token, j = tl.program_id(0).to(tl.int64) // J, tl.program_id(0).to(tl.int64) % J
     b, t = token // T, token % T
+    start = document_start(starts_ptr, b, t, T)
     r = tl.arange(0, HEADS)
     rows = token * H + j * R + r
     q = load_rows(q_ptr, rows, r < R, D, PADDED_D)  # [HEADS, PADDED_D]
@@ -68,6 +74,8 @@ def importance_kernel(
         seen = (block >= 0) & (c >= 0) & (c < num_keys - MEMORY) & (lane < 2 * RATIO - 1)
         if CAUSAL:
             seen = seen & (c * STRIDE + SIZE - 1 <= t)
+        if starts_ptr is not None:
+            seen = seen & (c * STRIDE >= start)
         key_rows = (b * num_keys + MEMORY + c) * G + j // (J // G)
         k = load_rows(k_ptr, key_rows, seen, D, PADDED_D)
         weight = tl.where(seen, overlap(c, block, SIZE, STRIDE, LENGTH), 0.0)
@@ -120,6 +128,7 @@ def launch(
     q: Tensor,
     keys: Tensor,
     lse: Tensor,
+    starts: Tensor | None,
     indices: Tensor,
     value: Tensor,
     sizes: Sizes,
@@ -132,7 +141,7 @@ def launch(
     lanes = power_of_2(2 * (sizes.length // sizes.stride) - 1)
     columns = 64 if q.element_size() * padded(D) <= 512 else 32
     importance_kernel[(B * T * J,)](
-        q, keys, lse, indices, value, dvalue, dq, T, keys.shape[1], D**-0.5,
+        q, keys, lse, starts, indices, value, dvalue, dq, T, keys.shape[1], D**-0.5,
         **constants_of(q, keys, indices, sizes), LOGITS=sizes.logits,
         BACKWARD=dvalue is not None, HEADS=max(16, power_of_2(H // J)),
         SLOTS=max(1, columns // lanes), LANES=lanes, num_warps=4,
@@ -144,6 +153,7 @@ def selected_importance_op(
     q: Tensor,
     keys: Tensor,
     lse: Tensor,
+    starts: Tensor | None,
     indices: Tensor,
     size: int,
     stride: int,
@@ -156,7 +166,7 @@ def selected_importance_op(
     value = torch.empty(indices.shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         sizes = Sizes(size, stride, length, memory, causal, logits)
-        launch(q, keys, lse, indices, value, sizes)
+        launch(q, keys, lse, starts, indices, value, sizes)
     return value
 
 
@@ -165,6 +175,7 @@ def selected_importance_backward_op(
     q: Tensor,
     keys: Tensor,
     lse: Tensor,
+    starts: Tensor | None,
     indices: Tensor,
     dvalue: Tensor,
     size: int,
@@ -179,15 +190,21 @@ def selected_importance_backward_op(
     with torch.cuda.device_of(q):
         if logits:
             dq, dsum, sums = torch.empty_like(q), torch.empty_like(dvalue), (None, None)
-            launch(q, keys, lse, indices, dsum, sizes, dvalue=dvalue, dq=dq)
+            launch(q, keys, lse, starts, indices, dsum, sizes, dvalue=dvalue, dq=dq)
         else:
-            dq, *sums = query_gradient(q, keys, lse, indices, dvalue, sizes)
+            dq, *sums = query_gradient(q, keys, lse, starts, indices, dvalue, sizes)
             dsum = dvalue
-        return dq, key_gradient(q, keys, lse, indices, dsum, sizes, *sums)
+        return dq, key_gradient(q, keys, lse, extents_of(starts), indices, dsum, sizes, *sums)
 
 
 def query_gradient(
-    q: Tensor, keys: Tensor, lse: Tensor, indices: Tensor, dvalue: Tensor, sizes: Sizes
+    q: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    indices: Tensor,
+    dvalue: Tensor,
+    sizes: Sizes,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, and the norm and the mean of each of its rows, of probabilities."""
     (B, T, H, D), J = q.shape, indices.shape[2]
@@ -195,7 +212,7 @@ def query_gradient(
     heads = power_of_2(H // J)
     tokens = max(1, 32 // heads)
     importance_dq_kernel[(cdiv(T, tokens) * B * J,)](
-        q, keys, lse, indices, dvalue, dq, norm, mean, T, keys.shape[1], D**-0.5,
+        q, keys, lse, starts, indices, dvalue, dq, norm, mean, T, keys.shape[1], D**-0.5,
         **constants_of(q, keys, indices, sizes), TOKENS=tokens, HEADS=heads,
         KEYS=tile_keys(q), num_warps=4,
     )  # fmt: skip
@@ -206,6 +223,7 @@ def key_gradient(
     q: Tensor,
     keys: Tensor,
     lse: Tensor,
+    documents: Extents,
     indices: Tensor,
     dsum: Tensor,
     sizes: Sizes,
@@ -216,7 +234,7 @@ def key_gradient(
     T, (B, K, G, D), tile = q.shape[1], keys.shape, tile_keys(q)
     dk = torch.empty_like(keys)
     importance_dk_kernel[(cdiv(K, tile) * B * G,)](
-        q, keys, lse, norm, mean, indices, dsum, dk, T, K, D**-0.5,
+        q, keys, lse, norm, mean, *documents, indices, dsum, dk, T, K, D**-0.5,
         **constants_of(q, keys, indices, sizes), LOGITS=sizes.logits,
         TOKENS=tile, KEYS=tile, num_warps=4,
     )  # fmt: skip
@@ -229,23 +247,24 @@ def tile_keys(q: Tensor) -> int:
 
 
 @register_fake(selected_importance_op)
-def _(q, keys, lse, indices, size, stride, length, memory, causal, logits):
+def _(q, keys, lse, starts, indices, size, stride, length, memory, causal, logits):
     return q.new_empty(indices.shape, dtype=torch.float32)
 
 
 @register_fake(selected_importance_backward_op)
-def _(q, keys, lse, indices, dvalue, size, stride, length, memory, causal, logits):
+def _(q, keys, lse, starts, indices, dvalue, size, stride, length, memory, causal, logits):
     return q.new_empty(q.shape), keys.new_empty(keys.shape)
 
 
 def _save(ctx, inputs, output):
-    q, keys, lse, indices, *ctx.sizes = inputs
-    ctx.save_for_backward(q, keys, lse, indices)
+    *tensors, _, _, _, _, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.sizes = inputs[len(tensors) :]
 
 
 def _backward(ctx, dvalue):
     grads = selected_importance_backward_op(*ctx.saved_tensors, dvalue.contiguous(), *ctx.sizes)
-    return *grads, *[None] * (2 + len(ctx.sizes))
+    return *grads, *[None] * (3 + len(ctx.sizes))
 
 
 register_autograd(selected_importance_op, _backward, setup_context=_save)
@@ -258,6 +277,8 @@ def selected_importance(
     block_indices: Int[Tensor, "B T J N"],
     cfg: NSAConfig,
     mem_k: Float[Tensor, "G Nm D"] | None = None,
+    *,
+    document_starts: Starts = None,
 ) -> Float[Tensor, "B T J N"]:
     """block_importance at block_indices, without the rest of it; 0 in empty slots.
 
@@ -269,7 +290,8 @@ def selected_importance(
         memories, k_cmp = mem_k.shape[1], with_memory(mem_k, k_cmp)
     q, k_cmp = operands(q, k_cmp)
     return selected_importance_op(
-        q, k_cmp, lse.float().contiguous(), block_indices.int().contiguous(),
+        q, k_cmp, lse.float().contiguous(), whole(document_starts),
+        block_indices.int().contiguous(),
         cfg.compress_block_size, cfg.compress_block_sliding_stride,
         cfg.selection_block_size, memories, cfg.causal, logits,
     )  # fmt: skip

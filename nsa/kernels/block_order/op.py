@@ -50,6 +50,7 @@ def attend_blocks(
     v: Tensor,
     block_indices: Tensor,
     block_gates: Tensor | None,
+    document_starts: Tensor | None,
     length: int,
     causal: bool,
     initial: int,
@@ -57,8 +58,8 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out [B, T, H, Dv], lse [B, T, H], and what the backward reuses: slots and starts.
 
-    Arrays are contiguous. Only out has a gradient. The `initial` first blocks and a token's `local`
-    last ones, where it keeps them, are attended to densely; only causal attention may have any.
+    Arrays are contiguous. Only out has a gradient. The `initial` first blocks of a document and a
+    token's `local` last ones, where kept, are attended to densely; if causal alone there are any.
     """
     plan = plan_work(q, block_indices, length, max(q.shape[3], v.shape[3]))
     with torch.cuda.device_of(q):
@@ -66,8 +67,9 @@ def attend_blocks(
         ends, item_lists, _ = cut_items(starts, plan)
         work = Work(plan, length, causal, slots, starts, ends, item_lists)
         launch = partial(
-            launch_forward, q, k, v, block_indices, work, dict(INITIAL=initial, LOCAL=local)
-        )
+            launch_forward, q, k, v, document_starts, block_indices, work,
+            dict(INITIAL=initial, LOCAL=local),
+        )  # fmt: skip
         of_merge = problem("merge", q, v, block_indices, length)
         out, lse = with_tile(
             problem("block_fwd", q, v, block_indices, length),
@@ -81,6 +83,7 @@ def launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    document_starts: Tensor | None,
     block_indices: Tensor,
     work: Work,
     dense: dict[str, int],
@@ -97,7 +100,8 @@ def launch_forward(
     partial_lse = torch.empty(num_partials, dtype=torch.float32, device=q.device)
     for chunk in chunks_of(plan, B * J, T):
         block_fwd_kernel[(plan.items,)](
-            q, k, v, work.slots, work.starts, work.ends, work.item_lists, partials, partial_lse,
+            q, k, v, document_starts,
+            work.slots, work.starts, work.ends, work.item_lists, partials, partial_lse,
             T, cdiv(T, length), plan.lists, chunk.number, chunk.first_head, chunk.first_token,
             D**-0.5, **constants_of(q, v, block_indices, work), **dense,
             PADDED_D=padded(D), PADDED_DV=padded(DV),
@@ -105,7 +109,7 @@ def launch_forward(
             ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         merge_kernel[(cdiv(chunk.tokens * R, merge.rows) * chunk.heads,)](
-            q, k, v, partials, partial_lse, block_indices, out, lse,
+            q, k, v, document_starts, partials, partial_lse, block_indices, out, lse,
             T, chunk.first_head, chunk.first_token, chunk.tokens, D**-0.5,
             H=H, G=v.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, **dense,
             PADDED_N=power_of_2(N), PADDED_D=padded(D), PADDED_DV=padded(DV), ROWS=merge.rows,
@@ -265,7 +269,7 @@ def problem(kernel: str, q: Tensor, v: Tensor, block_indices: Tensor, length: in
 
 
 @register_fake(attend_blocks)
-def _(q, k, v, block_indices, block_gates, length, causal, initial, local):
+def _(q, k, v, block_indices, block_gates, document_starts, length, causal, initial, local):
     plan = plan_work(q, block_indices, length, max(q.shape[3], v.shape[3]))
     out = v.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -280,7 +284,7 @@ def _(q, k, v, block_indices, out, lse, slots, starts, dout, gated, length, caus
 
 
 def _save(ctx, inputs, output):
-    q, k, v, block_indices, gates, *ctx.sizes, _, _ = inputs
+    q, k, v, block_indices, gates, _, *ctx.sizes, _, _ = inputs
     ctx.save_for_backward(q, k, v, block_indices, *output)
     ctx.gates = None if gates is None else gates.dtype
     ctx.mark_non_differentiable(*output[1:])  # lse and the lists are for the backward pass
@@ -291,7 +295,7 @@ def _backward(ctx, dout, _dlse, _slots, _starts):
     gated = ctx.gates is not None
     grads = attend_blocks_backward(*ctx.saved_tensors, dout.contiguous(), gated, *ctx.sizes)
     dq, dk, dv, dgates = grads
-    return dq, dk, dv, None, dgates.to(ctx.gates) if gated else None, None, None, None, None
+    return dq, dk, dv, None, dgates.to(ctx.gates) if gated else None, None, None, None, None, None
 
 
 register_autograd(attend_blocks, _backward, setup_context=_save)

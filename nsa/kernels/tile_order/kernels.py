@@ -1,8 +1,8 @@
 """Flash attention of query tiles under a mask: one forward, one backward.
 
-The three branches differ only in which keys a token sees. `seen_keys` gives each token one interval
-[first, end) of keys. Both ends grow with the token, so a tile knows which key tiles to visit, and
-that only those at the edges of the interval need masking. The masks:
+The three branches differ only in which keys a token sees. `seen_keys` (visible.py) gives each token
+one interval [first, end) of keys. Both ends grow with the token, so a tile knows which key tiles to
+visit, and that only those at the edges of the interval need masking. The masks:
 
     prefix  compressed attention: memory keys, then every compressed block that has ended
     band    sliding window: the last w tokens
@@ -28,63 +28,22 @@ from nsa.kernels.primitives import (
     softmax_step,
     store_rows,
 )
-
-
-@jit
-def seen_keys(
-    t, num_keys,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
-):  # fmt: skip
-    """The interval [first, end) of keys that token t may see; both ends grow with t."""
-    first = t * 0
-    end = t * 0 + num_keys
-    if MASK == "band":
-        first = tl.maximum(t - SPAN + 1, 0)
-    if CAUSAL:
-        end = t + 1
-        if MASK == "prefix":
-            end = MEMORY + tl.maximum(t + 1 - SPAN + STRIDE, 0) // STRIDE
-    elif MASK == "band":
-        end = t + SPAN
-    return first, tl.minimum(end, num_keys)
-
-
-@jit
-def seeing_tokens(
-    s_lo, s_hi, T,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
-):  # fmt: skip
-    """The interval [first, end) of tokens that may see any of the keys s_lo ... s_hi."""
-    first = s_lo * 0
-    end = s_lo * 0 + T
-    if MASK == "band":
-        end = tl.minimum(s_hi + SPAN, T)
-    if CAUSAL:
-        first = s_lo
-        if MASK == "prefix":
-            ended = (s_lo - MEMORY) * STRIDE + SPAN - 1  # the token that ends block s_lo
-            first = tl.where(s_lo < MEMORY, 0, ended)
-    elif MASK == "band":
-        first = tl.maximum(s_lo - SPAN + 1, 0)
-    return first, end
-
-
-@jit
-def word_row(words_ptr, bj, num_words, T, s0, SPAN: tl.constexpr):
-    """Where the words that hold the blocks of key tile s0 begin: one for each token."""
-    return words_ptr + (bj * num_words + s0 // SPAN // 32) * T
-
-
-@jit
-def has_bit(word, offs_s, SPAN: tl.constexpr):
-    return ((word >> (offs_s // SPAN % 32)) & 1) != 0
+from nsa.kernels.tile_order.visible import (
+    document_start,
+    has_bit,
+    key_range,
+    leap,
+    seeing_tokens,
+    seen_keys,
+    sees,
+    word_row,
+)
 
 
 @jit(do_not_specialize=["num_words"])
 def attend_fwd_kernel(
-    q_ptr, k_tiles, v_tiles, words_ptr, out_ptr, lse_ptr, T, num_keys, num_words, scale,
+    q_ptr, k_tiles, v_tiles, words_ptr, starts_ptr, out_ptr, lse_ptr,
+    T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
@@ -106,14 +65,20 @@ def attend_fwd_kernel(
     q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
-    first, end = seen_keys(t, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-    s_lo, full_hi = seen_keys(t_lo, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-    full_lo, s_hi = seen_keys(t_hi, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    token0 = document_start(starts_ptr, b, t, T)
+    first, end = seen_keys(t, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    token0 = document_start(starts_ptr, b, t_lo, T)
+    s_lo, full_hi = seen_keys(t_lo, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    token0 = document_start(starts_ptr, b, t_hi, T)
+    full_lo, s_hi = seen_keys(t_hi, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    DOCUMENTS: tl.constexpr = starts_ptr is not None
+    s_lo, s_hi, distance = key_range(s_lo, s_hi, MASK, MEMORY, KEYS, DOCUMENTS)
 
     m = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PADDED_DV], tl.float32)
     for s0 in range(s_lo, s_hi, KEYS):
+        s0 = leap(s0, distance, MEMORY, KEYS, DOCUMENTS)
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
         live_s = offs_s < num_keys
@@ -121,7 +86,7 @@ def attend_fwd_kernel(
         v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, DV, PADDED_DV, DESCRIBED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
-            seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
+            seen = sees(offs_s[None, :], first[:, None], end[:, None], MEMORY)
             s = tl.where(seen, s, float("-inf"))
         if MASK == "bits":
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
@@ -134,7 +99,8 @@ def attend_fwd_kernel(
 
 @jit(do_not_specialize=["num_words"])
 def attend_dq_kernel(
-    q_ptr, k_tiles, v_tiles, words_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_tiles, v_tiles, words_ptr, starts_ptr,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -168,12 +134,18 @@ def attend_dq_kernel(
         tl.store(delta_ptr + rows, delta, mask=live)
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
-    first, end = seen_keys(t, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-    s_lo, full_hi = seen_keys(t_lo, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-    full_lo, s_hi = seen_keys(t_hi, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    token0 = document_start(starts_ptr, b, t, T)
+    first, end = seen_keys(t, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    token0 = document_start(starts_ptr, b, t_lo, T)
+    s_lo, full_hi = seen_keys(t_lo, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    token0 = document_start(starts_ptr, b, t_hi, T)
+    full_lo, s_hi = seen_keys(t_hi, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    DOCUMENTS: tl.constexpr = starts_ptr is not None
+    s_lo, s_hi, distance = key_range(s_lo, s_hi, MASK, MEMORY, KEYS, DOCUMENTS)
 
     dq = tl.zeros([ROWS, PADDED_D], tl.float32)
     for s0 in range(s_lo, s_hi, KEYS):
+        s0 = leap(s0, distance, MEMORY, KEYS, DOCUMENTS)
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
         live_s = offs_s < num_keys
@@ -182,7 +154,7 @@ def attend_dq_kernel(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[:, None])  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
-            seen = (offs_s[None, :] >= first[:, None]) & (offs_s[None, :] < end[:, None])
+            seen = sees(offs_s[None, :], first[:, None], end[:, None], MEMORY)
             p = tl.where(seen, p, 0.0)
         if MASK == "bits":
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
@@ -210,7 +182,8 @@ def shared_start(i_lo, i_hi, ROWS: tl.constexpr):
 
 @jit(do_not_specialize=["num_words", "batch", "splits"])
 def attend_dkv_kernel(
-    q_tiles, k_ptr, v_ptr, words_ptr, dout_tiles, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_tiles, k_ptr, v_ptr, words_ptr, starts_ptr, ends_ptr,
+    dout_tiles, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     T, num_keys, num_words, batch, splits, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -239,7 +212,7 @@ def attend_dkv_kernel(
     k = load_rows(k_ptr, key_rows, live_s, D, PADDED_D)  # [KEYS, PADDED_D]
     v = load_rows(v_ptr, key_rows, live_s, DV, PADDED_DV)  # [KEYS, PADDED_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
-    t_lo, t_hi = seeing_tokens(s0, s_hi, T, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    t_lo, t_hi = seeing_tokens(s0, s_hi, T, ends_ptr, b, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
     # A run is whole tiles. A row behind i_hi is either behind T, and then 0, or sees none of these
     # keys, and then masked: loaded by descriptor it has its own values.
     run = tl.cdiv(tl.cdiv(T, splits), ROWS) * ROWS
@@ -264,11 +237,14 @@ def attend_dkv_kernel(
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[None, :])  # [KEYS, ROWS]
-        _, full_hi = seen_keys(t0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-        full_lo, _ = seen_keys((i0 + ROWS - 1) // R, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+        last_t = (i0 + ROWS - 1) // R
+        token0 = document_start(starts_ptr, b, last_t, T)
+        _, full_hi = seen_keys(t0, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+        full_lo, _ = seen_keys(last_t, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
-            first, end = seen_keys(t, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-            seen = (offs_s[:, None] >= first[None, :]) & (offs_s[:, None] < end[None, :])
+            token0 = document_start(starts_ptr, b, t, T)
+            first, end = seen_keys(t, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+            seen = sees(offs_s[:, None], first[None, :], end[None, :], MEMORY)
             p = tl.where(seen, p, 0.0)
         if MASK == "bits":
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsa.documents import Extents, extents_of
 from nsa.kernels.autotune import with_tile
 from nsa.kernels.descriptors import as_tiles
 from nsa.kernels.partial_sums import summed
@@ -61,6 +62,7 @@ def attend_tiles(
     k: Tensor,
     v: Tensor,
     words: Tensor | None,
+    starts: Tensor | None,
     mask: str,
     causal: bool,
     span: int,
@@ -69,7 +71,8 @@ def attend_tiles(
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, Dv] and lse [B, T, H] of q [B, T, H, D] over k, v [B, S, G, D | Dv].
 
-    The arguments after `words` are those of a `Mask`. Arrays are contiguous.
+    `starts` are those of documents; the arguments behind are those of a `Mask`. Arrays are
+    contiguous.
     """
     (B, T, H, D), (_, S, _, DV), J = q.shape, v.shape, num_index_heads(k, words)
     constants = constants_of(q, v, J, Mask(mask, causal, span, stride, memory))
@@ -80,7 +83,7 @@ def attend_tiles(
         keys = key_tile(tile.keys, mask, span)
         described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
         attend_fwd_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
-            q, k_tiles, v_tiles, words, out, lse, T, S, num_words(words), D**-0.5,
+            q, k_tiles, v_tiles, words, starts, out, lse, T, S, num_words(words), D**-0.5,
             **constants, ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -96,6 +99,7 @@ def attend_tiles_backward(
     k: Tensor,
     v: Tensor,
     words: Tensor | None,
+    starts: Tensor | None,
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
@@ -107,7 +111,9 @@ def attend_tiles_backward(
     memory: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; without dlse it counts as zeros."""
-    return gradients(q, k, v, words, lse, dout, Mask(mask, causal, span, stride, memory), out, dlse)
+    shown = Mask(mask, causal, span, stride, memory)
+    documents = extents_of(starts)
+    return gradients(q, k, v, words, lse, dout, shown, out, dlse, documents=documents)
 
 
 def gradients(
@@ -121,14 +127,15 @@ def gradients(
     out: Tensor | None = None,
     dlse: Tensor | None = None,
     *,
+    documents: Extents,
     delta: Tensor | None = None,
     onto: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq (added `onto`, where given), dk, dv; delta comes from out and dlse unless it is given."""
     with torch.cuda.device_of(q):
-        arrays = q, k, v, words, lse, dout
-        dq, delta = query_gradient(*arrays, mask, out=out, dlse=dlse, delta=delta, onto=onto)
-        return dq, *key_gradients(*arrays, mask, delta=delta)
+        arrays = q, k, v, words, lse, dout, mask, documents
+        dq, delta = query_gradient(*arrays, out=out, dlse=dlse, delta=delta, onto=onto)
+        return dq, *key_gradients(*arrays, delta=delta)
 
 
 def query_gradient(
@@ -139,6 +146,7 @@ def query_gradient(
     lse: Tensor,
     dout: Tensor,
     mask: Mask,
+    documents: Extents,
     *,
     out: Tensor | None,
     dlse: Tensor | None,
@@ -155,7 +163,7 @@ def query_gradient(
         keys = key_tile(tile.keys, mask.kind, mask.span)
         described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
         attend_dq_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
-            q, k_tiles, v_tiles, words, out, dout, lse, dlse, row_delta, dq,
+            q, k_tiles, v_tiles, words, documents.starts, out, dout, lse, dlse, row_delta, dq,
             T, S, num_words(words), D**-0.5, **constants,
             ROWS=tile.rows, KEYS=keys, ADD=onto is not None, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -174,6 +182,7 @@ def key_gradients(
     lse: Tensor,
     dout: Tensor,
     mask: Mask,
+    documents: Extents,
     *,
     delta: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -188,7 +197,7 @@ def key_gradients(
         dk, dv = (partial_like(x, splits, J) for x in (k, v))
         described, q_tiles, dout_tiles = streamed(q, tile.rows, H // J, q, dout)
         attend_dkv_kernel[(programs * splits,)](
-            q_tiles, k, v, words, dout_tiles, lse, delta, dk, dv,
+            q_tiles, k, v, words, *documents, dout_tiles, lse, delta, dk, dv,
             T, S, num_words(words), B, splits, D**-0.5, **constants,
             ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -238,28 +247,28 @@ def partial_like(x: Tensor, splits: int, index_heads: int) -> Tensor:
 
 
 @register_fake(attend_tiles)
-def _(q, k, v, words, mask, causal, span, stride, memory):
+def _(q, k, v, words, starts, mask, causal, span, stride, memory):
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
 @register_fake(attend_tiles_backward)
-def _(q, k, v, words, out, lse, dout, dlse, mask, causal, span, stride, memory):
+def _(q, k, v, words, starts, out, lse, dout, dlse, mask, causal, span, stride, memory):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, words, *ctx.mask = inputs
-    ctx.save_for_backward(q, k, v, words, *output)
+    q, k, v, words, starts, *ctx.mask = inputs
+    ctx.save_for_backward(q, k, v, words, starts, *output)
     ctx.set_materialize_grads(False)  # lse seldom has a gradient
 
 
 def _backward(ctx, dout, dlse):
     saved = ctx.saved_tensors
-    dout = torch.zeros_like(saved[4]) if dout is None else dout.contiguous()
+    dout = torch.zeros_like(saved[5]) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     grads = attend_tiles_backward(*saved, dout, dlse, *ctx.mask)
-    return *grads, None, None, None, None, None, None
+    return *grads, *[None] * (2 + len(ctx.mask))
 
 
 register_autograd(attend_tiles, _backward, setup_context=_save)
