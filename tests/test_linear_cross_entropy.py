@@ -44,7 +44,7 @@ def with_gradients(nats: Tensor, *of: Tensor) -> list[Tensor]:
 @pytest.mark.usefixtures("rows_at_once")
 def test_equals_the_plain_loss_in_float64() -> None:
     hidden, weight, labels = inputs(torch.float64)
-    nats, correct = chunked.linear_cross_entropy(hidden, weight, labels, counts_correct=True)
+    nats, _, correct = chunked.linear_cross_entropy(hidden, weight, labels, counts_correct=True)
     assert correct == ((hidden @ weight.T).argmax(-1) == labels).sum()
     got = with_gradients(nats, hidden, weight)
     want = with_gradients(plain(hidden, weight, labels), hidden, weight)
@@ -74,7 +74,7 @@ def test_errs_no_more_than_plain_autocast_does() -> None:
 def test_gradients_are_made_where_they_are_asked_for() -> None:
     hidden, weight, labels = inputs(torch.float32)
     with torch.no_grad():
-        nats, _ = chunked.linear_cross_entropy(hidden, weight, labels)
+        nats, *_ = chunked.linear_cross_entropy(hidden, weight, labels)
     assert not nats.requires_grad
     torch.testing.assert_close(nats, plain(hidden, weight, labels).detach())
 
@@ -95,7 +95,7 @@ def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * V * 4)
     hidden, weight, labels = inputs(torch.float32)
     with Largest() as largest:
-        nats, _ = chunked.linear_cross_entropy(hidden, weight, labels)
+        nats, *_ = chunked.linear_cross_entropy(hidden, weight, labels)
         nats.backward()
     assert largest.numbers == max(7 * V, V * M)
 

@@ -140,7 +140,7 @@ def test_labels_of_minus_one_are_not_scored() -> None:
     model = make_module().model
     tokens = Counting.sequences(0, 2)
     tokens[1, 4:] = -1
-    nats, count, _ = label_sums(model, tokens)
+    nats, count, *_ = label_sums(model, tokens)
     logits = model(tokens[:, :-1].clamp(min=0)).log_softmax(dim=-1)
     scored = [(b, t) for b in range(2) for t in range(SEQ_LEN) if tokens[b, t + 1] >= 0]
     by_hand = -sum(logits[b, t, tokens[b, t + 1]] for b, t in scored)
@@ -153,7 +153,7 @@ def test_scored_labels_may_stand_anywhere_and_the_input_stays_whole() -> None:
     tokens = Counting.sequences(0, 2)
     scored = torch.zeros(2, SEQ_LEN, dtype=torch.bool)
     scored[0, 3] = scored[1, 0] = scored[1, 7] = True
-    nats, count, correct = label_sums(model, tokens, scored, counts_correct=True)
+    nats, count, correct, _ = label_sums(model, tokens, scored, counts_correct=True)
     logits = model(tokens[:, :-1])
     places = scored.nonzero().tolist()
     by_hand = -sum(logits.log_softmax(-1)[b, t, tokens[b, t + 1]] for b, t in places)
@@ -199,7 +199,7 @@ def test_validation_is_the_exact_mean_over_scored_tokens(tmp_path: Path) -> None
     trainer = make_trainer(tmp_path)
     logged = trainer.validate(module, datamodule=data, verbose=False)[0]
     sums = [label_sums(module.model.eval(), tokens) for tokens in data.split()]
-    loss = sum(nats.item() for nats, _, _ in sums) / sum(count.item() for _, count, _ in sums)
+    loss = sum(nats.item() for nats, *_ in sums) / sum(count.item() for _, count, *_ in sums)
     assert logged["val/loss"] == pytest.approx(loss, rel=1e-6)
     assert logged["val/bpb"] == pytest.approx(loss / math.log(2) / BYTES_PER_TOKEN, rel=1e-6)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nsa.training.parallel import REPLAYED
 from nsa.training.replicas import ReplicaStrategy
+from nsa.transformer_block import Block
 
 Learn = Callable[[dict[str, Tensor]], Tensor]  # from a micro-batch: gradients, and figures of it
 WARM_UP = 3  # passes before recording: they compile, choose algorithms and fill caches
@@ -107,6 +108,11 @@ def check_device(device: torch.device) -> None:
             f"compile={REPLAYED} records CUDA graphs and needs a GPU, not device {device.type}: "
             "set compile=true or compile=false"
         )
+
+
+def draws(block: Block) -> bool:
+    """Whether a block draws random numbers as it trains."""
+    return block.dropout.p > 0 or getattr(block.attention, "selection", None) == "random"
 
 
 def obstacle(trainer: L.Trainer, *, recomputes: bool, draws: bool) -> str | None:

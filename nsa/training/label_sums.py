@@ -4,10 +4,12 @@ Letters: B batch, T tokens, M model width, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from nsa.training.linear_cross_entropy import linear_cross_entropy
@@ -23,6 +25,7 @@ class LabelSums(NamedTuple):
     nats: Num[Tensor, ""]  # cross-entropy, in float32
     labels: Num[Tensor, ""]  # how many are scored
     correct: Num[Tensor, ""] | None = None  # how many the model predicts, where counted
+    of_rows: Num[Tensor, "B 2"] | None = None  # nats and labels of each row, without gradients
 
 
 def label_sums(
@@ -30,44 +33,52 @@ def label_sums(
     tokens: Int[Tensor, "B T1"],
     scored: Bool[Tensor, "B T"] | None = None,
     *,
+    document_starts: Int[Tensor, "B T"] | None = None,
     counts_correct: bool = False,
     cross_entropy: str = "plain",
 ) -> LabelSums:
     """What a model scores on the labels of a batch that are `scored` (None: all) and not −1.
 
-    The input is `tokens` also where a label is not scored; −1 may stand at the end of a row only.
-    `cross_entropy` is one of `CROSS_ENTROPIES`; all but "plain" need a `Transformer`.
+    The input is `tokens` also where a label is not scored. −1 may stand at the end of a row, or of
+    a document where `document_starts` tells them apart (`nsa.documents`). `cross_entropy` is one of
+    `CROSS_ENTROPIES`; all but "plain" need a `Transformer`.
     """
     labels = tokens[:, 1:]
     if scored is not None:
         labels = labels.masked_fill(~scored, NOT_SCORED)
+    ids = tokens[:, :-1].clamp(min=0)
+    told = {} if document_starts is None else {"document_starts": document_starts}
     compute = CROSS_ENTROPIES[cross_entropy]
-    nats, correct = compute(model, tokens[:, :-1].clamp(min=0), labels, counts_correct)
-    return LabelSums(nats, (labels != NOT_SCORED).sum(), correct)
+    nats, of_each, correct = compute(partial(model, ids, **told), labels, counts_correct)
+    counted = labels != NOT_SCORED
+    of_rows = torch.stack([of_each.detach().sum(dim=1), counted.sum(dim=1)], dim=1)
+    return LabelSums(nats, counted.sum(), correct, of_rows)
 
 
-def plain(
-    model: Callable[..., Tensor], ids: Tensor, labels: Tensor, counts_correct: bool
-) -> tuple[Tensor, Tensor | None]:
+Nats = tuple[Tensor, Float[Tensor, "B T"], Tensor | None]  # summed; of each label; correct ones
+
+
+def plain(model: partial[Tensor], labels: Int[Tensor, "B T"], counts_correct: bool) -> Nats:
     """By the logits of all labels, [B T V]."""
-    logits = model(ids)
-    nats = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=NOT_SCORED, reduction="sum"
-    )
-    return nats, (logits.argmax(dim=-1) == labels).sum() if counts_correct else None
+    logits = model()
+    of_each = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=NOT_SCORED, reduction="none"
+    ).view_as(labels)
+    correct = (logits.argmax(dim=-1) == labels).sum() if counts_correct else None
+    return of_each.sum(), of_each, correct
 
 
-def chunked(
-    model: Any, ids: Tensor, labels: Tensor, counts_correct: bool
-) -> tuple[Tensor, Tensor | None]:
+def chunked(model: partial[Tensor], labels: Int[Tensor, "B T"], counts_correct: bool) -> Nats:
     """By the logits of some labels after the others."""
-    hidden = model(ids, return_hidden=True).flatten(0, 1)
-    return linear_cross_entropy(
-        hidden, model.head.weight, labels.flatten(), counts_correct=counts_correct
+    weight = cast(Any, model.func).head.weight
+    hidden = model(return_hidden=True).flatten(0, 1)
+    nats, of_each, correct = linear_cross_entropy(
+        hidden, weight, labels.flatten(), counts_correct=counts_correct
     )
+    return nats, of_each.view_as(labels), correct
 
 
-CROSS_ENTROPIES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+CROSS_ENTROPIES: dict[str, Callable[..., Nats]] = {
     "plain": plain,
     "chunked": chunked,
 }

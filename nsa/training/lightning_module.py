@@ -17,7 +17,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from nsa.training import cuda_graphs, optimizers, parallel, trainer_checks
 from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
-from nsa.training.label_sums import LabelSums, label_sums, resolve_cross_entropy
+from nsa.training.counts import restate_progress
+from nsa.training.label_sums import label_sums, resolve_cross_entropy
+from nsa.training.scores import corpora_of, corpus_scores, scores, split_totals, totals
 from nsa.training.seeds import micro_batch_seed, seed_generators
 from nsa.transformer import Transformer
 
@@ -27,9 +29,13 @@ class NSALightningModule(L.LightningModule):
 
     A batch is `{"tokens": [B, T+1]}`: inputs are all but the last token, labels all but the first.
     A label of −1, which pads the end of a window, is not scored. `{"scored": bool [B, T]}` in the
-    batch says which of the others are; without it, all are. Logged: `train/loss`, `val/loss` and
-    `test/loss` in nats per scored label, and with each the datamodule's `metric` under its name;
-    `optim/lr` and `optim/grad_norm` (before clipping).
+    batch says which of the others are; without it, all are. `{"document_starts": int32 [B, T]}`
+    keeps documents of a row apart (`nsa.documents`). `{"corpus": int64 [B]}` numbers the corpus of
+    each row, whose loss is then logged as `train/<corpus>/loss` (of the steps since the last log)
+    and `val/<corpus>/loss`, by the names of the datamodule's `corpora`.
+
+    Logged: `train/loss`, `val/loss` and `test/loss` in nats per scored label, and with each the
+    datamodule's `metric` under its name; `optim/lr` and `optim/grad_norm` (before clipping).
 
     A step whose loss on any rank, or whose gradient, is not finite updates nothing; it counts as
     done. `step_losses` [A], of this rank's micro-batches, and `grad_norm` [], of all ranks, are the
@@ -75,8 +81,9 @@ class NSALightningModule(L.LightningModule):
         self.replays_graphs = False  # whether a micro-batch is one CUDA graph, gradients included
         self._learn_at_once: cuda_graphs.Learn | None = None  # the graph, once it is recorded
         self._gradients: cuda_graphs.GradientBuffer | None = None  # what the graph adds to
-        self._micro_figures: list[Tensor] = []  # since the last optimizer step, see `_figures`
-        self._split_sums: list[Tensor] = []  # the `LabelSums` of each batch of an evaluation
+        self._micro_totals: list[Tensor] = []  # `totals` of micro-batches since the last step
+        self._corpus_totals = torch.zeros(())  # of training's corpora, since they were logged
+        self._split_totals: list[Tensor] = []  # `totals` of the batches of an evaluation
         self.evaluated_step: int | None = None  # the step of the last whole validation
 
     def configure_model(self) -> None:
@@ -101,42 +108,37 @@ class NSALightningModule(L.LightningModule):
             self._gradients.zero()
         seed_generators(micro_batch_seed(self.seed, self.global_rank, batch_idx))
         if learn is not None:
-            self._micro_figures.append(learn(batch))
-            return self._micro_figures[-1][0]
-        loss, figures = self._loss(batch)
-        self._micro_figures.append(figures)
+            found = learn(batch)
+            self._micro_totals.append(found)
+            return found[0] / found[1]
+        loss, found = self._loss(batch)
+        self._micro_totals.append(found)
         return breaking_its_gradient(loss)
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch; also detached, with the share of labels it gets right."""
-        sums = self._label_sums(batch)
-        loss = sums.nats / sums.labels
-        found = [] if sums.correct is None else [sums.correct / sums.labels]
-        return loss, torch.stack([loss.detach(), *found])
-
-    def _learn(self, batch: dict[str, Tensor]) -> Tensor:
-        """Add a micro-batch's share of the step's gradient; returns the figures of `_loss`."""
-        loss, figures = self._loss(batch)
-        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        with torch.autocast(self.device.type, enabled=False):  # Lightning's is for the forward pass
-            (breaking_its_gradient(loss) / micro_batches).backward()
-        return figures
-
-    def _label_sums(self, batch: dict[str, Tensor]) -> LabelSums:
-        return label_sums(
+        """The mean over the scored labels of a batch, and `totals`."""
+        sums = label_sums(
             self.model,
             batch["tokens"],
             batch.get("scored"),
+            document_starts=batch.get("document_starts"),
             counts_correct=self.metric.counts_correct,
             cross_entropy=self.cross_entropy,
         )
+        found = totals(sums, batch.get("corpus"), len(corpora_of(self._datamodule)))
+        return sums.nats / sums.labels, found
+
+    def _learn(self, batch: dict[str, Tensor]) -> Tensor:
+        """Add a micro-batch's share of the step's gradient; returns its `totals`."""
+        loss, found = self._loss(batch)
+        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        with torch.autocast(self.device.type, enabled=False):  # Lightning's is for the forward pass
+            (breaking_its_gradient(loss) / micro_batches).backward()
+        return found
 
     def _ask_for_graphs(self) -> None:
         recomputes = self.activation_checkpointing != "none"
-        draws = any(
-            block.dropout.p or getattr(block.attention, "selection", None) == "random"
-            for block in self.model.blocks
-        )
+        draws = any(map(cuda_graphs.draws, self.model.blocks))
         why = cuda_graphs.obstacle(self.trainer, recomputes=recomputes, draws=draws)
         self.replays_graphs = why is None
         if why is not None and self.trainer.state.fn == TrainerFn.FITTING:
@@ -179,15 +181,22 @@ class NSALightningModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._gradients is not None and self.trainer.world_size > 1:
             self._gradients.sum_over_ranks()
-        figures, self._micro_figures = torch.stack(self._micro_figures), []
-        self.step_losses, shares = figures[:, 0], figures[:, 1:]
+        found, self._micro_totals = torch.stack(self._micro_totals), []
+        of_all, of_corpora = split_totals(found, self._datamodule)
+        self.step_losses, *shares = torch.cat([of_all[:, :1], of_all[:, 2:]], 1).T / of_all[:, 1]
+        self._corpus_totals = self._corpus_totals + of_corpora.sum(dim=0)
         if not self._logs_this_step:
             return
-        loss = self._mean_of_ranks(self.step_losses)
-        correct = self._mean_of_ranks(shares) if shares.shape[1] else None
-        self.log("train/loss", loss)
-        self._log_metric("train", loss, correct)
+        loss, *correct = [self._mean_of_ranks(each) for each in (self.step_losses, *shares)]
+        self.log_dict(scores("train", loss, correct[0] if correct else None, self._datamodule))
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
+        self._log_corpora_of_training()
+
+    def _log_corpora_of_training(self) -> None:
+        if corpora_of(self._datamodule):
+            of_ranks = self.trainer.strategy.reduce(self._corpus_totals, reduce_op="sum")
+            self.log_dict(corpus_scores("train", of_ranks, self._datamodule))
+        self._corpus_totals = torch.zeros_like(self._corpus_totals)
 
     def _mean_of_ranks(self, of_micro_batches: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(of_micro_batches.mean(), reduce_op="mean")
@@ -237,11 +246,7 @@ class NSALightningModule(L.LightningModule):
         """Lightning counts micro-batches: restate the count for this run's accumulation."""
         if self._trainer is None:  # loaded for its weights alone
             return
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done = checkpoint["global_step"] * self._trainer.accumulate_grad_batches
-        for count in (progress["total"], progress["current"]):
-            unfinished = count["ready"] - count["completed"]
-            count.update(ready=done, started=done, processed=done, completed=done - unfinished)
+        restate_progress(checkpoint, self._trainer.accumulate_grad_batches)
 
     # Evaluation: exact means over every scored label of a split, over all ranks
 
@@ -255,8 +260,7 @@ class NSALightningModule(L.LightningModule):
         self._evaluate(batch)
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
-        sums = self._label_sums(batch)
-        self._split_sums.append(torch.stack([each for each in sums if each is not None]))
+        self._split_totals.append(self._loss(batch)[1])
 
     def on_validation_epoch_end(self) -> None:
         self._log_split("val")
@@ -267,23 +271,18 @@ class NSALightningModule(L.LightningModule):
         self._log_split("test")
 
     def _log_split(self, split: str) -> None:
-        batches, self._split_sums = self._split_sums, []
-        total = torch.zeros(3 if self.metric.counts_correct else 2, dtype=torch.float64)
+        batches, self._split_totals = self._split_totals, []
+        size = (3 if self.metric.counts_correct else 2) + 2 * len(corpora_of(self._datamodule))
+        total = torch.zeros(size, dtype=torch.float64)
         if batches:
             total += torch.stack(batches).cpu().double().sum(dim=0)
         if self.trainer.world_size > 1:
             total = self.trainer.strategy.reduce(total.to(self.device), reduce_op="sum")
-        sums = LabelSums(*total)
-        loss = sums.nats / sums.labels
-        correct = None if sums.correct is None else sums.correct / sums.labels
-        self.log(f"{split}/loss", loss.float(), sync_dist=True)
-        self._log_metric(split, loss, correct, sync_dist=True)
-
-    def _log_metric(self, split: str, nats: Tensor, correct: Tensor | None, **how: Any) -> None:
-        """Log the data's metric, of means over scored labels."""
-        bytes_per_label = self._datamodule.bytes_per_token(split)
-        value = self.metric.of(nats, correct, bytes_per_label)
-        self.log(f"{split}/{self.metric.name}", value.float(), **how)
+        of_all, of_corpora = split_totals(total, self._datamodule)
+        correct = of_all[2] / of_all[1] if self.metric.counts_correct else None
+        found = scores(split, of_all[0] / of_all[1], correct, self._datamodule)
+        found |= corpus_scores(split, of_corpora, self._datamodule)
+        self.log_dict(found, sync_dist=True)
 
     @property
     def metric(self) -> Any:

@@ -28,20 +28,23 @@ def linear_cross_entropy(
     labels: Int[Tensor, " N"],
     *,
     counts_correct: bool = False,
-) -> tuple[Float[Tensor, ""], Int[Tensor, ""] | None]:
-    """The summed nats of the labels under softmax(hidden · weightᵀ), and how many are likeliest.
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Int[Tensor, ""] | None]:
+    """The summed nats of the labels under softmax(hidden · weightᵀ), those of each, and how many
+    are likeliest.
 
-    A label of −1 is not scored. Products are of the dtype that autocast gives a linear layer; sums
-    of nats and the weights' gradient are of at least float32. Differentiable once, in `hidden` and
-    `weight`.
+    A label of −1 is not scored and has 0 nats. The sum alone is differentiable, once, in
+    `hidden` and `weight`. Products are of the dtype that autocast gives a linear layer; nats and
+    the weights' gradient are of at least float32.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
-        nats, correct = LinearCrossEntropy.apply(hidden, weight, labels, learns, counts_correct)
-    return nats, correct if counts_correct else None
+        nats, of_each, correct = LinearCrossEntropy.apply(
+            hidden, weight, labels, learns, counts_correct
+        )
+    return nats, of_each, correct if counts_correct else None
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -50,10 +53,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, learns: bool, counts_correct: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         factor = weight.to(hidden.dtype)
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        nats = torch.zeros((), dtype=precise, device=hidden.device)
+        nats = torch.empty(len(hidden), dtype=precise, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if learns else None
         d_weight = torch.zeros_like(weight, dtype=precise) if learns else None
@@ -61,18 +64,18 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = hidden[rows] @ factor.T
             if counts_correct:
                 correct += (logits.argmax(dim=-1) == labels[rows]).sum()
-            nats += cross_entropy_(logits, labels[rows], gradient=learns).sum()
+            nats[rows] = cross_entropy_(logits, labels[rows], gradient=learns)
             if d_hidden is not None and d_weight is not None:
                 torch.mm(logits, factor, out=d_hidden[rows])
                 add_product(d_weight, logits.T, hidden[rows])
             del logits  # before the next ones are made
-        ctx.mark_non_differentiable(correct)
+        ctx.mark_non_differentiable(nats, correct)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
-        return nats, correct
+        return nats.sum(), nats, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_nats: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_nats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * d_nats, d_weight * d_nats, None, None, None
 

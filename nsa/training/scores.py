@@ -1,0 +1,61 @@
+"""What is logged of the labels that a model scored: of a whole batch or split, and by corpus.
+
+A datamodule here is one of `data`: it has a `metric`, `bytes_per_token(split)` and, where it mixes
+corpora, `corpora` by their names. Letters: B rows of a batch, S totals.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nsa.training.label_sums import LabelSums
+
+
+def totals(
+    sums: LabelSums, corpus: Int[Tensor, " B"] | None = None, num_corpora: int = 0
+) -> Float[Tensor, " S"]:
+    """Nats, labels and, where counted, correct ones; then nats and labels of each corpus.
+
+    `corpus` says which of `num_corpora` each row is from. Without gradients; totals add up.
+    """
+    of_all = [sums.nats.detach(), sums.labels, *([] if sums.correct is None else [sums.correct])]
+    found = torch.stack(of_all)
+    if corpus is None or sums.of_rows is None:
+        return found
+    of_corpora = sums.of_rows.new_zeros(num_corpora, 2).index_add(0, corpus, sums.of_rows)
+    return torch.cat([found, of_corpora.flatten()])
+
+
+def split_totals(totals: Tensor, datamodule: Any) -> tuple[Tensor, Tensor]:
+    """`totals` [..., S], or rows of them, of all labels and of the corpora."""
+    size = 3 if datamodule.metric.counts_correct else 2
+    return totals[..., :size], totals[..., size:]
+
+
+def corpora_of(datamodule: Any) -> Mapping[str, Any]:
+    """The corpora of a mixture by their names; none of another corpus."""
+    return getattr(datamodule, "corpora", {})
+
+
+def scores(
+    split: str, loss: Tensor, correct: Tensor | None, datamodule: Any
+) -> dict[str, Tensor | float]:
+    """The loss of a split in nats a label, and the metric of the data; `correct` is a share."""
+    metric = datamodule.metric
+    value = metric.of(loss, correct, datamodule.bytes_per_token(split))
+    return {f"{split}/loss": loss.float(), f"{split}/{metric.name}": value.float()}
+
+
+def corpus_scores(split: str, totals: Tensor, datamodule: Any) -> dict[str, float]:
+    """The same of each corpus that has scored labels, by its name."""
+    found, name_of_metric = {}, datamodule.metric.name
+    pairs = totals.view(-1, 2).tolist()
+    for (name, corpus), (nats, labels) in zip(corpora_of(datamodule).items(), pairs, strict=True):
+        if labels:
+            loss = nats / labels
+            value = datamodule.metric.of(loss, None, corpus.bytes_per_token(split))
+            found |= {f"{split}/{name}/loss": loss, f"{split}/{name}/{name_of_metric}": value}
+    return found
