@@ -61,6 +61,12 @@ class AttentionProbe(EveryNSteps):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "pack", "stream") == "documents":
+            raise ValueError(
+                "callbacks=attention_probe looks at rows that are one document each: take "
+                "data.pack=stream, or leave the callback out"
+            )
         if not sparse_layers(pl_module):
             log.warning("attention_probe finds nothing to look at: the model has no NSA layer")
         kept = read_rows(run_folder(trainer) / FOLDER / TABLE)

@@ -46,14 +46,17 @@ class AttentionStatistics(EveryNSteps):
     def on_nth_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         model: Any = pl_module.model
         metrics: dict[str, float] = {}
+        told = {n: batch[n][: self.num_sequences] for n in ("document_starts",) if n in batch}
         handles = [
-            layer.attention.register_forward_pre_hook(partial(self._look, metrics, index))
+            layer.attention.register_forward_pre_hook(
+                partial(self._look, metrics, index), with_kwargs=True
+            )
             for index, layer in enumerate(model.layers)
             if isinstance(layer.attention, SparseAttention)
         ]
         try:
             with aside(trainer, pl_module):
-                model(batch["tokens"][: self.num_sequences, :-1].clamp(min=0))
+                model(batch["tokens"][: self.num_sequences, :-1].clamp(min=0), **told)
         finally:
             for handle in handles:
                 handle.remove()
@@ -61,16 +64,21 @@ class AttentionStatistics(EveryNSteps):
             log_metrics(trainer, metrics)
 
     def _look(
-        self, metrics: dict[str, float], index: int, layer: nn.Module, inputs: tuple[Tensor, ...]
+        self,
+        metrics: dict[str, float],
+        index: int,
+        layer: nn.Module,
+        inputs: tuple[Tensor, ...],
+        told: dict[str, Tensor],
     ) -> None:
         assert isinstance(layer, SparseAttention)
-        found = layer.branches(inputs[0])
+        found = layer.branches(inputs[0], **told)
         self._gates[index] = found.gates.float().mean(dim=(0, 1, 2)).tolist()
         for branch, gate in zip(BRANCHES, self._gates[index], strict=True):
             metrics[f"attn/layer_{index}/gate_{branch}"] = gate
         selected = found.block_indices >= 0
         if selected.any():
-            free = is_free(found.block_indices, layer.cfg)
+            free = is_free(found.block_indices, layer.cfg, **told)
             share = free.sum() / selected.sum()
             metrics[f"attn/layer_{index}/free_selected_share"] = share.item()
 
@@ -80,7 +88,7 @@ class AttentionStatistics(EveryNSteps):
                 draw_gates(self._gates, trainer.global_step).savefig(draft, dpi=150)
 
 
-def is_free(block_indices: Tensor, cfg: NSAConfig) -> Tensor:
+def is_free(block_indices: Tensor, cfg: NSAConfig, document_starts: Tensor | None = None) -> Tensor:
     """[B, T, G, N] slots -> whether each holds a block that neither force nor window brings."""
     num_tokens, device = block_indices.shape[1], block_indices.device
     first = torch.arange(blocks.num_selection_blocks(num_tokens, cfg), device=device)
@@ -89,9 +97,10 @@ def is_free(block_indices: Tensor, cfg: NSAConfig) -> Tensor:
     t = torch.arange(num_tokens, device=device)[:, None]
     distance = torch.maximum(first - t, t - last)  # to the nearest token of the block
     beyond = distance >= cfg.sliding_window_size
-    free = beyond & (blocks.priority(num_tokens, cfg, device) == blocks.FREE)  # [T, S]
-    chosen = free[t[:, :, None], block_indices.clamp(min=0).long()]
-    return chosen & (block_indices >= 0)
+    rank = blocks.priority(num_tokens, cfg, device, document_starts=document_starts)
+    free = beyond & (rank == blocks.FREE)  # [T, S], or [B, T, S]
+    of_heads = free.unsqueeze(-2).expand(*block_indices.shape[:-1], -1)
+    return of_heads.gather(-1, block_indices.clamp(min=0).long()) & (block_indices >= 0)
 
 
 def draw_gates(gates: dict[int, list[float]], step: int) -> Figure:

@@ -62,6 +62,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
     metric: Metric = BITS_PER_BYTE  # what a run on these data is judged by
     more_text = "choose a larger corpus"  # the way out where there is too little text in all
     has_documents = False  # whether the corpus knows where documents begin
+    is_text = True  # whether it is made of text: a task is not
     more_held_out = more_text  # the way out where too little of it is held out of training
 
     def __init__(
@@ -149,8 +150,14 @@ class TokenDataModule(L.LightningDataModule, ABC):
             self._packings[split] = packing_of(self.splits[split], *sizes, limit)
         return self._packings[split]
 
-    def summary(self) -> dict[str, str]:
-        """What a run says of its data before it trains, by what it is about."""
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often the training split is gone through by so many samples, by the corpus's name."""
+        packs = self.pack == "documents"
+        windows = len(self.packing("train")) if packs else len(self.splits["train"]) // self.seq_len
+        return {self.name: samples / windows}
+
+    def summary(self, samples: int) -> dict[str, str]:
+        """What a run of so many samples says of its data before it trains, by what it is about."""
         if self.pack != "documents":
             return {}
         packing = self.packing("train")

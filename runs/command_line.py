@@ -94,6 +94,12 @@ def parse(overrides: Iterable[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
+def key_of(override: Override) -> str:
+    """What an override sets: a value by its path, a group, or a group somewhere else (a@b)."""
+    key, package = override.key_or_group, override.package
+    return key if package is None else f"{key}@{package}"
+
+
 def compose(flags: Flags, overrides: Sequence[str]) -> tuple[DictConfig, list[str]]:
     """The config of a single run, `hydra` included, and the overrides that do not fit into it.
 

@@ -90,6 +90,10 @@ def corpus_of(found: Trained, options: Options) -> TokenDataModule:
     sizes = {"seq_len": options.window or found.model.seq_len, "num_workers": 0}
     sizes |= {"micro_batch_size": options.batch, "vocab_size": found.sizes["vocab_size"]}
     corpus = instantiate(config.data, **sizes)
+    if getattr(corpus, "corpora", None):
+        raise ValueError(
+            f"data={corpus.name} is a mixture: name one of its corpora, as data=stdlib does"
+        )
     corpus.prepare_data()
     corpus.setup()
     if corpus.tokenizer.state() != found.tokenizer.state():

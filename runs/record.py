@@ -38,7 +38,7 @@ def overrides_before(checkpoint: Path, flags: Flags, typed: Typed) -> list[str]:
     if run is None:
         return []
     former = command_line.parse(overrides_of(run))
-    kept = [o for o in former if not replaced(o.key_or_group, {*typed, *PATHS})]
+    kept = [o for o in former if not replaced(command_line.key_of(o), {*typed, *PATHS})]
     before = [str(override.input_line) for override in kept]
     try:
         now = [str(override.input_line) for override in typed.values()]

@@ -51,7 +51,7 @@ def arguments(words: Sequence[str], outputs: Path = Path("outputs")) -> list[str
     if line.asks_for_words():
         return line.words()
     try:
-        typed = {o.key_or_group: o for o in command_line.parse(line.overrides)}
+        typed = {command_line.key_of(o): o for o in command_line.parse(line.overrides)}
         config, _ = command_line.compose(line.flags, line.overrides)
     except HydraException:
         return line.words()

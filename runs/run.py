@@ -65,6 +65,7 @@ def build(cfg: DictConfig) -> Run:
     # Until runs.division knows better: one sequence at once.
     trainer.accumulate_grad_batches = share_of(cfg.batch.sequences_per_step, trainer.world_size)
     datamodule = instantiate(cfg.data, micro_batch_size=1)
+    datamodule.document_alignment = document_alignment(module, datamodule.pack)
     # On every rank, before any waits for another: the first one prepares, however long it takes.
     datamodule.prepare_data(verify=trainer.local_rank == 0)
     datamodule.setup("fit")
@@ -121,6 +122,23 @@ def check_settings(settings: dict[str, Any]) -> None:
     for path, value in flatten(settings, ""):
         if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "maybe"):
             raise ValueError(f"{path}={value} is text, which counts as true: write true or false")
+
+
+def document_alignment(module: NSALightningModule, pack: str) -> int:
+    """At multiples of which token the model's layers let documents begin.
+
+    Raises:
+        ValueError: if documents are packed and a layer would mix them.
+    """
+    alignment = module.model.document_alignment
+    if alignment is None and pack == "documents":
+        kinds = {type(b.attention) for b in module.model.blocks}
+        mixing = ", ".join(sorted(k.__name__ for k in kinds if k.document_alignment is None))
+        raise ValueError(
+            f"data.pack=documents: {mixing} in model.layer_pattern does not keep the documents of "
+            "a row apart: choose other layers, or data.pack=stream"
+        )
+    return alignment or 1
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:
@@ -222,6 +240,7 @@ def summary(run: Run, cfg: DictConfig, room: Room | None) -> str:
         "cross-entropy": run.module.cross_entropy,
         "run folder": cfg.run_dir,
     }
+    rows |= run.datamodule.summary(trainer.max_steps * sequences)
     return "\n".join(f"{label:>16}  {value}" for label, value in rows.items() if value)
 
 

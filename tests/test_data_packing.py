@@ -187,9 +187,9 @@ def test_validation_is_limited_and_padded_with_windows_without_labels(tmp_path: 
 def test_a_run_is_told_how_full_its_windows_are(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     module = ready(of_rows())
-    told = module.summary()["packed documents"]
+    told = module.summary(0)["packed documents"]
     assert told.startswith(f"{len(module.packing('train'))} windows, ") and "% filled" in told
-    assert ready(of_rows(pack="stream")).summary() == {}
+    assert ready(of_rows(pack="stream")).summary(0) == {}
     assert module.sample_order(1)["pack"] == "documents"
     assert module.sample_order(1)["document_alignment"] == 8
 

@@ -52,6 +52,7 @@ class RecallDataModule(TokenDataModule):
     """
 
     metric = ACCURACY
+    is_text = False
 
     def __init__(
         self,
@@ -158,6 +159,10 @@ class RecallDataModule(TokenDataModule):
     def _text(self, rng: np.random.Generator, split: TokenSplit, length: int) -> NDArray[np.int64]:
         start = int(rng.integers(0, len(split) - length + 1))
         return split.read(start, start + length)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """No sample comes twice."""
+        return {}
 
     def bytes_per_token(self, split: str) -> float:
         """A token stands for one byte, or for one symbol."""

@@ -63,6 +63,7 @@ def memory_of(
     *,
     activation_checkpointing: str = "none",
     cross_entropy: str = "plain",
+    documents: bool = False,
     shards: int = 1,
     peak_of: Callable[[Callable[[], None], torch.device], int] | None = None,
 ) -> Memory | None:
@@ -74,6 +75,7 @@ def memory_of(
         forward_context: of training, for its precision.
         activation_checkpointing: of `parallel.KEPT`.
         cross_entropy: of `label_sums.CROSS_ENTROPIES`.
+        documents: whether rows are of packed documents.
         shards: ranks that share weights, gradients and optimizer.
         peak_of: the most bytes that a function allocates; the default asks PyTorch's allocator.
     """
@@ -83,7 +85,7 @@ def memory_of(
         for sequences in (1, 2):
             trial = partial(
                 take_step, model, device, forward_context,
-                activation_checkpointing, cross_entropy, sequences,
+                activation_checkpointing, cross_entropy, documents, sequences,
             )  # fmt: skip
             try:
                 peaks.append(peak_of(trial, device))
@@ -105,15 +107,18 @@ def take_step(
     forward_context: Callable[[], AbstractContextManager],
     activation_checkpointing: str,
     cross_entropy: str,
+    documents: bool,
     sequences: int,
 ) -> None:
     """The forward and the backward pass of a copy of `model`, on tokens that are all 0."""
     copy = deepcopy(model).to(device)
     parallel.checkpoint_activations(copy, activation_checkpointing)
     tokens = torch.zeros((sequences, copy.seq_len + 1), dtype=torch.long, device=device)
+    starts = torch.zeros_like(tokens[:, 1:], dtype=torch.int32) if documents else None
     for _ in range(2):  # the second one finds gradients to add to
         with forward_context():
-            nats = label_sums(copy, tokens, cross_entropy=cross_entropy).nats
+            sums = label_sums(copy, tokens, document_starts=starts, cross_entropy=cross_entropy)
+            nats = sums.nats
         nats.backward()
 
 

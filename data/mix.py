@@ -1,0 +1,143 @@
+"""Several corpora as one, each with its share of the samples."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from data.base import SPLITS, TokenDataModule
+from data.mixture import PERIOD, MixedEvalWindows, MixedTrainWindows, Schedule, quotas
+
+SHARED = ("vocab_size", "seq_len", "num_workers", "val_tokens", "test_tokens", "seed", "pack")
+
+
+class MixDataModule(TokenDataModule):
+    """A mixture of corpora: of any number of samples, each corpus has its share.
+
+    What all corpora share is set here: tokenizer, vocabulary, seed, packing, and how many tokens of
+    each validation and test split are scored. A validation loss is that of all their splits
+    together; that of each is logged by its name.
+
+    Args:
+        corpora: configs of datamodules by their names, as `conf/data` has them.
+        weights: each corpus's share of the samples, of any sum; None: by its training tokens.
+        tokenizer: of all corpora that have one to choose, see `data.tokenizer.TokenizerChoice`;
+            None: each one's own. They must come to the same.
+    """
+
+    has_documents = True  # each corpus says for itself
+
+    def __init__(
+        self,
+        *,
+        corpora: Mapping[str, Mapping[str, Any]],
+        weights: Mapping[str, float] | None = None,
+        tokenizer: str | None = None,
+        **numbers: Any,
+    ) -> None:
+        super().__init__(**numbers)
+        check_names(corpora, weights)
+        if tokenizer == "train":
+            raise ValueError(
+                "data.tokenizer=train: a mixture shares a tokenizer that is there already; train "
+                "it on one corpus, and give the tokenizer.json of that in the data cache"
+            )
+        shared = {name: numbers[name] for name in SHARED if numbers.get(name) is not None}
+        chosen = {} if tokenizer is None else {"tokenizer": tokenizer}
+        self.corpora: dict[str, TokenDataModule] = {}
+        for name, config in corpora.items():
+            given = shared | {key: chosen[key] for key in chosen if key in config}
+            corpus = instantiate(config, micro_batch_size=1, **given)
+            if not corpus.is_text:
+                raise ValueError(f"data.corpora.{name} is a task, not a corpus: take text")
+            self.corpora[name] = corpus
+        self.weights = dict(weights or {})
+        self.quotas: dict[str, int] = {}
+
+    def source(self) -> dict[str, Any]:
+        return {"corpus": "mix", "corpora": {n: c.source() for n, c in self.corpora.items()}}
+
+    def build(self, folder: Path) -> None:
+        """Never called: each corpus has shards of its own."""
+        raise AssertionError("a mixture has no shards to build")
+
+    def prepare_data(self, verify: bool = True) -> None:
+        for corpus in self.corpora.values():
+            corpus.prepare_data(verify)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open all corpora, and settle their shares."""
+        if self.quotas:
+            return
+        for corpus in self.corpora.values():
+            corpus.document_alignment = self.document_alignment
+            corpus.setup(stage)
+        first, *others = self.corpora
+        self.tokenizer = self.corpora[first].tokenizer
+        for name in others:
+            if self.corpora[name].tokenizer.state() != self.tokenizer.state():
+                raise ValueError(
+                    f"data.corpora: {name} and {first} are split into different tokens: give all "
+                    "of them one data.tokenizer"
+                )
+        sizes = {name: len(corpus.splits["train"]) for name, corpus in self.corpora.items()}
+        self.quotas = quotas(self.weights or sizes)
+        self.identity = {
+            "corpus": {name: corpus.identity for name, corpus in self.corpora.items()},
+            "train_tokens": sum(sizes.values()),
+            "quotas": dict(self.quotas),
+        }
+
+    def bytes_per_token(self, split: str) -> float:
+        """Of training as its samples are drawn; of the other splits as they are together."""
+        modules = self.corpora.values()
+        if split == "train":
+            shares = [self.quotas[name] / PERIOD for name in self.corpora]
+        else:
+            sizes = [len(corpus.splits[split]) for corpus in modules]
+            shares = [size / sum(sizes) for size in sizes]
+        return sum(
+            share * corpus.bytes_per_token(split)
+            for share, corpus in zip(shares, modules, strict=True)
+        )
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each corpus has been gone through, to within a period."""
+        return {
+            name: part
+            for name, corpus in self.corpora.items()
+            for part in corpus.epochs(samples * self.quotas[name] // PERIOD).values()
+        }
+
+    def summary(self, samples: int) -> dict[str, str]:
+        """Shares and epochs of the corpora, and how they are packed."""
+        epochs, rows = self.epochs(samples), {}
+        for name, corpus in self.corpora.items():
+            own = corpus.summary(0).get("packed documents")
+            share = f"{self.quotas[name] / PERIOD:.2%} of the samples, {epochs[name]:.3g} epochs"
+            rows[f"corpus {name}"] = share + (f", {own}" if own else "")
+        return rows
+
+    def _train_windows(self) -> MixedTrainWindows:
+        windows = [corpus._train_windows() for corpus in self.corpora.values()]
+        return MixedTrainWindows(windows, Schedule(list(self.quotas.values()), self.seed))
+
+    def _eval_windows(self, split: str) -> MixedEvalWindows:
+        return MixedEvalWindows([corpus._eval_windows(split) for corpus in self.corpora.values()])
+
+
+def check_names(corpora: Mapping[str, Any], weights: Mapping[str, float] | None) -> None:
+    """Refuse no corpora, names that stand for something else, and weights of others."""
+    if not corpora:
+        raise ValueError(
+            "data.corpora is empty: name corpora, as in +data@data.corpora.code=stdlib "
+            "+data@data.corpora.books=text data.corpora.books.paths=[books/*.txt]"
+        )
+    if taken := [name for name in corpora if name in ("loss", *SPLITS) or "/" in name]:
+        raise ValueError(f"data.corpora.{taken[0]}: call it something else, it names its losses")
+    if weights and set(weights) != set(corpora):
+        raise ValueError(
+            f"data.weights names {', '.join(weights)}, data.corpora {', '.join(corpora)}: give a "
+            "weight for each corpus, or none at all to weigh them by their tokens"
+        )

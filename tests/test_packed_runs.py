@@ -1,0 +1,164 @@
+"""Packed documents and mixtures through train.py: no leak, and the same run on any layout."""
+
+import csv
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from forked_runs import Signal, finished, run
+from test_data_modules import cache, ready  # noqa: F401 (a fixture)
+from test_data_packing import of_rows
+from test_train import ATTENTION, MODEL, make_module
+from torch import Tensor
+
+from nsa.training.label_sums import label_sums
+from runs.run import document_alignment
+
+STEPS = 6
+TRAIN = (
+    *("trainer=cpu", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1"),
+    *("val_every_n_steps=3", "trainer.num_sanity_val_steps=0"),
+    *("model.dim=16", "model.depth=3", "model.layer_pattern=[nsa,dense,window]", "model.heads=2"),
+    *("model.dim_head=8", "model.seq_len=64", "batch.sequences_per_step=4"),
+    *("scheduler.warmup_steps=2", "logger=csv", "callbacks.samples.new_tokens=2"),
+    *("data.num_workers=0", "batch.micro_batch_size=2", "test=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    write_rows(folder / "rows.jsonl", "squared")
+    write_rows(folder / "cubes.jsonl", "cubed")
+    (folder / "files").mkdir()
+    for number in range(6):
+        (folder / "files" / f"{number}.py").write_text(f"print({number} ** {number})\n" * 3)
+    return folder
+
+
+def write_rows(path: Path, verb: str) -> None:
+    rows = [{"text": f"{i} {verb} is {i * i} " * (1 + i % 7)} for i in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def output(folder: Path) -> str:
+    return (folder / "run.log").read_text()
+
+
+def rows_of(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv without what the clock says."""
+    rows = csv.DictReader((run_dir / "metrics.csv").read_text().splitlines())
+    return [{n: v for n, v in row.items() if not n.startswith("perf/")} for row in rows]
+
+
+def assert_alike(rows: list[dict[str, str]], others: list[dict[str, str]]) -> None:
+    assert len(rows) == len(others) and {*rows[0]} == {*others[0]}
+    for row, other in zip(rows, others, strict=True):
+        for name in row:
+            assert bool(row[name]) == bool(other[name]), (name, row["step"])
+            if row[name] and "loss" in name:
+                assert float(row[name]) == pytest.approx(float(other[name]), abs=2e-6), name
+
+
+def on(ranks: int) -> list[str]:
+    return ["trainer.devices=2", "trainer.strategy=ddp"] if ranks == 2 else []
+
+
+def comes_and_goes(folder: Path, options: tuple[str, ...], name: str) -> None:
+    """From end to end on one process; then stopped twice, and on one process, two and one."""
+    whole, parts = folder / name, folder / f"{name}_in_parts"
+    finished(run(folder, [*options, f"run_dir={whole}"]), folder)
+    for ranks, until in ((1, 1), (2, 3)):
+        told = Signal(signal.SIGTERM, rank=ranks - 1, step=until)
+        command = [*options, *on(ranks), f"run_dir={parts}"]
+        assert run(folder, command, ranks=ranks, launcher="srun", sent=told) == [143] * ranks
+    finished(run(folder, [*options, f"run_dir={parts}", "batch.micro_batch_size=4"]), folder)
+    assert_alike(rows_of(parts), rows_of(whole))
+
+
+MIXTURE = (
+    *(*TRAIN, "data=mix", "data.pack=documents", "data.weights={squares:3,cubes:1,code:1}"),
+    *("+data@data.corpora.squares=hf", "data.corpora.squares.name=json"),
+    *("data.corpora.squares.data_files=rows.jsonl", "+data@data.corpora.cubes=hf"),
+    *("data.corpora.cubes.name=json", "data.corpora.cubes.data_files=cubes.jsonl"),
+    *("+data@data.corpora.code=text", "data.corpora.code.paths=[files/*]", "data.val_tokens=600"),
+    *("data.corpora.code.val_fraction=.2", "data.corpora.code.test_fraction=.2"),
+)
+
+
+def test_packed_mixtures_go_on_on_any_number_of_processes(folder: Path) -> None:
+    comes_and_goes(folder, MIXTURE, "mixture")
+    told = dict(re.findall(r"corpus (\w+)  (.*)", output(folder)))
+    share = r"60.00% of the samples, .* epochs, \d+ windows, \d+.\d% filled, the last one \d+.\d%"
+    assert re.fullmatch(share, told["squares"]), told
+    assert told["cubes"].startswith("20.00%") and told["code"].startswith("20.00%")
+    assert re.search("corpus code: epoch 2 begins by step [1-6]", output(folder))
+    rows = rows_of(folder / "mixture")
+    assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"])
+    for name in ("squares", "cubes", "code"):
+        assert rows[-1][f"val/{name}/loss"] and rows[-1][f"val/{name}/bpb"]
+        assert rows[-1][f"data/{name}/epochs"]
+        assert any(row.get(f"train/{name}/loss") for row in rows)
+
+
+def test_the_loss_of_all_is_that_of_the_corpora_together(folder: Path) -> None:
+    (last,) = [row for row in rows_of(folder / "mixture") if row["step"] == str(STEPS)]
+    parts = [float(last[f"val/{name}/loss"]) for name in ("squares", "cubes", "code")]
+    assert min(parts) < float(last["val/loss"]) < max(parts)
+
+
+def test_a_run_does_not_go_on_packed_otherwise(folder: Path) -> None:
+    codes = run(folder, [*MIXTURE, "data.pack=stream", f"run_dir={folder / 'mixture'}"])
+    assert codes == [1]
+    assert "pack=stream, the checkpoint has documents" in output(folder)
+
+
+def test_layers_that_mix_documents_are_refused() -> None:
+    module = make_module()
+    assert document_alignment(module, "documents") == ATTENTION["selection_block_size"]
+    module.model.blocks[1].attention.document_alignment = None
+    assert document_alignment(module, "stream") == 1
+    with pytest.raises(ValueError, match=r"data\.pack=documents: Attention in model"):
+        document_alignment(module, "documents")
+
+
+def of_document(batch: dict[str, Tensor], row: int, start: int) -> Tensor:
+    """The places of a row's document, as labels [B, T]."""
+    places = torch.zeros_like(batch["scored"])
+    places[row] = batch["document_starts"][row] == start
+    return places & batch["scored"]
+
+
+@pytest.mark.parametrize("cross_entropy", ["plain", "chunked"])
+def test_no_document_sees_its_neighbours(tmp_path: Path, cross_entropy: str) -> None:
+    """A window as the loader gives it, the neighbours of one document filled with other tokens."""
+    write_rows(tmp_path / "rows.jsonl", "squared")
+    windows = ready(of_rows(seq_len=96))._eval_windows("train")
+    batch = {name: x[None] for name, x in windows[0].items()}
+    starts = batch["document_starts"].unique().tolist()
+    assert len(starts) >= 3
+    attention = ATTENTION | {"selection_block_size": 8, "backend": "torch"}
+    options = {"vocab_size": 256, "seq_len": 96, "attention": attention}
+    options["layer_pattern"] = ["nsa", "dense", "window"]
+    model = make_module(model=MODEL | options | {"depth": 3}).model
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+    def nats(tokens: Tensor, start: int) -> float:
+        found = label_sums(
+            model.double(), tokens, of_document(batch, 0, start),
+            document_starts=batch["document_starts"], cross_entropy=cross_entropy,
+        )  # fmt: skip
+        return float(found.nats)
+
+    for start in (starts[0], starts[1], starts[-1]):
+        other = batch["document_starts"] != start
+        perturbed = batch["tokens"].clone()
+        perturbed[:, :-1][other] = torch.randint(1, 256, (int(other.sum()),))
+        assert nats(perturbed, start) == pytest.approx(nats(batch["tokens"], start), abs=1e-5)
+        assert abs(nats(perturbed, starts[2]) - nats(batch["tokens"], starts[2])) > 0.1 or (
+            start == starts[2]
+        )
