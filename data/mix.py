@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from data.base import SPLITS, TokenDataModule
@@ -48,10 +49,7 @@ class MixDataModule(TokenDataModule):
         self.corpora: dict[str, TokenDataModule] = {}
         for name, config in corpora.items():
             given = shared | {key: chosen[key] for key in chosen if key in config}
-            corpus = instantiate(config, micro_batch_size=1, **given)
-            if not corpus.is_text:
-                raise ValueError(f"data.corpora.{name} is a task, not a corpus: take text")
-            self.corpora[name] = corpus
+            self.corpora[name] = made(f"data.corpora.{name}", config, given)
         self.weights = dict(weights or {})
         self.quotas: dict[str, int] = {}
 
@@ -125,6 +123,19 @@ class MixDataModule(TokenDataModule):
 
     def _eval_windows(self, split: str) -> MixedEvalWindows:
         return MixedEvalWindows([corpus._eval_windows(split) for corpus in self.corpora.values()])
+
+
+def made(option: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> TokenDataModule:
+    """The corpus of a config; what it refuses itself with is said of its option."""
+    try:
+        corpus = instantiate(config, micro_batch_size=1, **given)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError | OSError):
+            raise ValueError(f"{option}: {error.__cause__}") from error
+        raise
+    if not corpus.is_text:
+        raise ValueError(f"{option} is a task, not a corpus: take text")
+    return corpus
 
 
 def check_names(corpora: Mapping[str, Any], weights: Mapping[str, float] | None) -> None:

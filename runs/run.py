@@ -132,8 +132,9 @@ def document_alignment(module: NSALightningModule, pack: str) -> int:
     """
     alignment = module.model.document_alignment
     if alignment is None and pack == "documents":
-        kinds = {type(b.attention) for b in module.model.blocks}
-        mixing = ", ".join(sorted(k.__name__ for k in kinds if k.document_alignment is None))
+        layers = [block.attention for block in module.model.blocks]
+        kinds = {type(each).__name__ for each in layers if each.document_alignment is None}
+        mixing = ", ".join(sorted(kinds))
         raise ValueError(
             f"data.pack=documents: {mixing} in model.layer_pattern does not keep the documents of "
             "a row apart: choose other layers, or data.pack=stream"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nsa.training.label_sums import label_sums
 from runs.run import document_alignment
+from runs.same_run import check_same_run
 
 STEPS = 6
 TRAIN = (
@@ -110,10 +111,23 @@ def test_the_loss_of_all_is_that_of_the_corpora_together(folder: Path) -> None:
     assert min(parts) < float(last["val/loss"]) < max(parts)
 
 
-def test_a_run_does_not_go_on_packed_otherwise(folder: Path) -> None:
-    codes = run(folder, [*MIXTURE, "data.pack=stream", f"run_dir={folder / 'mixture'}"])
-    assert codes == [1]
-    assert "pack=stream, the checkpoint has documents" in output(folder)
+def test_a_run_does_not_go_on_with_other_weights(folder: Path) -> None:
+    others = "data.weights={squares:1,cubes:1,code:2}"
+    assert run(folder, [*MIXTURE, others, f"run_dir={folder / 'mixture'}"]) == [1]
+    told = "quotas={'squares': 2500, 'cubes': 2500, 'code': 5000}, the checkpoint has {'squares': 6"
+    assert told in output(folder)
+
+
+@pytest.mark.parametrize("saved", [{"pack": "stream", "document_alignment": 1}, {}])
+def test_a_run_does_not_go_on_packed_otherwise(saved: dict[str, object]) -> None:
+    """Nor from a checkpoint of a time when there were streams alone."""
+    settings: dict[str, dict] = {"model": {}, "optimizer": {}}
+    data = {"Data": {"sample_order": {"seed": 0} | saved}}
+    checkpoint = {"hyper_parameters": settings} | data
+    order = {"seed": 0, "pack": "stream", "document_alignment": 1}
+    check_same_run(checkpoint, settings, order)
+    with pytest.raises(ValueError, match="pack=documents, the checkpoint has stream"):
+        check_same_run(checkpoint, settings, order | {"pack": "documents"})
 
 
 def test_layers_that_mix_documents_are_refused() -> None:
@@ -137,7 +151,9 @@ def test_no_document_sees_its_neighbours(tmp_path: Path, cross_entropy: str) -> 
     """A window as the loader gives it, the neighbours of one document filled with other tokens."""
     write_rows(tmp_path / "rows.jsonl", "squared")
     windows = ready(of_rows(seq_len=96))._eval_windows("train")
-    batch = {name: x[None] for name, x in windows[0].items()}
+    found = [windows[i] for i in range(len(windows))]
+    window = max(found, key=lambda each: len(each["document_starts"].unique()))
+    batch = {name: x[None] for name, x in window.items()}
     starts = batch["document_starts"].unique().tolist()
     assert len(starts) >= 3
     attention = ATTENTION | {"selection_block_size": 8, "backend": "torch"}
@@ -152,7 +168,7 @@ def test_no_document_sees_its_neighbours(tmp_path: Path, cross_entropy: str) -> 
             model.double(), tokens, of_document(batch, 0, start),
             document_starts=batch["document_starts"], cross_entropy=cross_entropy,
         )  # fmt: skip
-        return float(found.nats)
+        return found.nats.item()
 
     for start in (starts[0], starts[1], starts[-1]):
         other = batch["document_starts"] != start
