@@ -144,9 +144,20 @@ def assembled(compiled) -> str:
 
 
 def exercise(
-    B: int, T: int, H: int, G: int, D: int, DV: int, dtype: torch.dtype, cfg: NSAConfig
+    B: int,
+    T: int,
+    H: int,
+    G: int,
+    D: int,
+    DV: int,
+    dtype: torch.dtype,
+    cfg: NSAConfig,
+    *,
+    documents: bool = False,
 ) -> None:
     """Launch every kernel, forward and backward, on tensors that nobody computes."""
+    starts = torch.zeros(B, T, dtype=torch.int32) if documents else None
+    told = {"document_starts": starts}
     C = (T - cfg.compress_block_size) // cfg.compress_block_sliding_stride + 1
 
     def new(*shape: int) -> Tensor:
@@ -156,21 +167,23 @@ def exercise(
     pool = new(D, D), new(cfg.compress_block_size, D), new(G, cfg.compress_block_size, D)
     k_cmp = kernels.block_means(k, cfg) + kernels.attention_pool(k, *pool, cfg)
     v_cmp = new(B, C, G, DV)
-    out_cmp, lse = kernels.compressed_attention(q, k_cmp, v_cmp, cfg)
-    out_win = kernels.sliding_window_attention(q, k, v, cfg)
-    indices = kernels.select_blocks(q, k_cmp, lse, cfg)
+    out_cmp, lse = kernels.compressed_attention(q, k_cmp, v_cmp, cfg, **told)
+    out_win = kernels.sliding_window_attention(q, k, v, cfg, **told)
+    indices = kernels.select_blocks(q, k_cmp, lse, cfg, **told)
     indices = torch.zeros_like(indices)
-    gates = kernels.selected_importance(q, k_cmp, lse, indices, cfg)
+    gates = kernels.selected_importance(q, k_cmp, lse, indices, cfg, **told)
     out = torch.zeros_like(out_win)
     for order in (True, False):
         selected.prefers_tile_order = lambda *sizes, order=order: order
-        out_slc = kernels.selected_attention(q, k, v, indices, cfg)
+        out_slc = kernels.selected_attention(q, k, v, indices, cfg, **told)
         out = out + kernels.combine(new(B, T, H, 3), out_cmp, out_slc, out_win)
-        projected = Projected(q, k_cmp, v_cmp, None, None, q, k, v, k, v, new(B, T, H, 3))
+        projected = Projected(q, k_cmp, v_cmp, None, None, q, k, v, k, v, new(B, T, H, 3), starts)
         with patch.dict(os.environ, TRITON_INTERPRET="1"):  # `ops` lets a CPU pass
             out = out + gated_attention(projected, cfg, backend="triton", block_indices=indices)
-    out = out + kernels.selected_attention(q, k, v, indices, cfg, gates)
+    out = out + kernels.selected_attention(q, k, v, indices, cfg, gates, **told)
     out.sum().backward()
+    if documents:  # the other kernels know none
+        return
     labels = torch.zeros(B, dtype=torch.long)
     for gradient in (True, False):
         cross_entropy.cross_entropy_(torch.ones(B, 50_000, dtype=dtype), labels, gradient=gradient)
@@ -224,6 +237,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--sizes", default="32/16/64/16/512", help="l/d/l'/n/w")
     parser.add_argument("--non-causal", action="store_true", help="causal=False")
+    parser.add_argument("--documents", action="store_true", help="that share a row")
     parser.add_argument("--candidates", action="store_true", help="all tiles worth timing")
     parser.add_argument("--kernel", default="", help="part of the names of kernels")
     parser.add_argument("--brief", action="store_true", help="shared memory alone: no disassembly")
@@ -264,7 +278,8 @@ def main(argv: list[str] | None = None) -> int:
     for long in (True, False):
         with by_descriptor(long):
             # Two sequences: compressed keys, no whole tiles, are described in four dimensions.
-            exercise(2, args.tokens, H, G, args.dim, args.value_dim or args.dim, dtype, cfg)
+            widths = args.dim, args.value_dim or args.dim
+            exercise(2, args.tokens, H, G, *widths, dtype, cfg, documents=args.documents)
     print(f"largest shared memory {worst} of {limit} bytes")
     return int(worst > limit)
 

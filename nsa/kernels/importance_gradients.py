@@ -78,8 +78,8 @@ def importance_dq_kernel(
     rows = (b * T + row_t) * H + j * R + r
     q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
     lse2 = load_lse2(lse_ptr, rows, live)
-    start = document_start(starts_ptr, b, row_t, T)
-    first, end = seen_keys(row_t, start, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
+    starts = document_start(starts_ptr, b, row_t, T)
+    first, end = seen_keys(row_t, starts, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
     start = document_start(starts_ptr, b, t0, T)
     s_lo, _ = seen_keys(t0, start, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
     last = tl.minimum(t0 + TOKENS, T) - 1

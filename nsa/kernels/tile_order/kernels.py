@@ -65,12 +65,12 @@ def attend_fwd_kernel(
     q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
-    token0 = document_start(starts_ptr, b, t, T)
-    first, end = seen_keys(t, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-    token0 = document_start(starts_ptr, b, t_lo, T)
-    s_lo, full_hi = seen_keys(t_lo, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-    token0 = document_start(starts_ptr, b, t_hi, T)
-    full_lo, s_hi = seen_keys(t_hi, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    starts = document_start(starts_ptr, b, t, T)
+    first, end = seen_keys(t, starts, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    start = document_start(starts_ptr, b, t_lo, T)
+    s_lo, full_hi = seen_keys(t_lo, start, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    start = document_start(starts_ptr, b, t_hi, T)
+    full_lo, s_hi = seen_keys(t_hi, start, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
     DOCUMENTS: tl.constexpr = starts_ptr is not None
     s_lo, s_hi, distance = key_range(s_lo, s_hi, MASK, MEMORY, KEYS, DOCUMENTS)
 
@@ -134,12 +134,12 @@ def attend_dq_kernel(
         tl.store(delta_ptr + rows, delta, mask=live)
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
-    token0 = document_start(starts_ptr, b, t, T)
-    first, end = seen_keys(t, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-    token0 = document_start(starts_ptr, b, t_lo, T)
-    s_lo, full_hi = seen_keys(t_lo, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-    token0 = document_start(starts_ptr, b, t_hi, T)
-    full_lo, s_hi = seen_keys(t_hi, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    starts = document_start(starts_ptr, b, t, T)
+    first, end = seen_keys(t, starts, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    start = document_start(starts_ptr, b, t_lo, T)
+    s_lo, full_hi = seen_keys(t_lo, start, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    start = document_start(starts_ptr, b, t_hi, T)
+    full_lo, s_hi = seen_keys(t_hi, start, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
     DOCUMENTS: tl.constexpr = starts_ptr is not None
     s_lo, s_hi, distance = key_range(s_lo, s_hi, MASK, MEMORY, KEYS, DOCUMENTS)
 
@@ -221,10 +221,10 @@ def attend_dkv_kernel(
 
     dk = tl.zeros([KEYS, PADDED_D], tl.float32)
     dv = tl.zeros([KEYS, PADDED_DV], tl.float32)
-    start, round_ = shared_start(i_lo, i_hi, ROWS)
+    behind, round_ = shared_start(i_lo, i_hi, ROWS)
     for i0 in range(i_lo, i_hi, ROWS):
         if MASK == "band":
-            i0 += start
+            i0 += behind
             i0 = tl.where(i0 < i_lo + round_, i0, i0 - round_)
         offs_i = i0 + tl.arange(0, ROWS)
         live = offs_i < i_hi
@@ -238,12 +238,12 @@ def attend_dkv_kernel(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[None, :])  # [KEYS, ROWS]
         last_t = (i0 + ROWS - 1) // R
-        token0 = document_start(starts_ptr, b, last_t, T)
-        _, full_hi = seen_keys(t0, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-        full_lo, _ = seen_keys(last_t, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+        start = document_start(starts_ptr, b, last_t, T)
+        _, full_hi = seen_keys(t0, start, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+        full_lo, _ = seen_keys(last_t, start, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
-            token0 = document_start(starts_ptr, b, t, T)
-            first, end = seen_keys(t, token0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+            starts = document_start(starts_ptr, b, t, T)
+            first, end = seen_keys(t, starts, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
             seen = sees(offs_s[:, None], first[None, :], end[None, :], MEMORY)
             p = tl.where(seen, p, 0.0)
         if MASK == "bits":
