@@ -1,7 +1,8 @@
 """train.py in processes forked from one that has imported everything: a whole run in a second.
 
 The ranks of a run are given the environment that torchrun or srun gives; a signal can be sent from
-inside any micro-batch, so that a test says exactly when.
+inside any micro-batch, so that a test says exactly when. `python` runs any other program so, where
+the run-time type checks of the tests' own process would be in a compiler's way.
 """
 
 import multiprocessing
@@ -10,6 +11,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -68,6 +70,30 @@ def run(
     return codes
 
 
+class Done(NamedTuple):
+    """How a program ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def python(
+    program: str,
+    *arguments: str,
+    cwd: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+) -> Done:
+    """`python -c PROGRAM ARGUMENTS` that finds torch, Lightning and this project imported."""
+    with tempfile.TemporaryDirectory() as place:
+        said = [Path(place, name) for name in ("stdout", "stderr")]
+        given = (cwd, said, environment or {}, program, arguments)
+        process = FORKS.Process(target=one_program, args=given)
+        process.start()
+        process.join()
+        return Done(process.exitcode or 0, *(path.read_text() for path in said))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -107,20 +133,38 @@ ENVIRONMENTS = {"torchrun": under_torchrun, "srun": under_srun}
 def one_rank(
     rank: int, place: dict[str, str], folder: Path, arguments: list[str], sent: Signal | None
 ) -> None:
-    os.chdir(folder)
-    log = os.open("run.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ |= place | {"NSA_DATA_DIR": str(folder / "data")}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
+    log = folder / "run.log"
+    begin(folder, [log, log], place | {"NSA_DATA_DIR": str(folder / "data")})
     if sent is not None and sent.rank == rank:
         arm(sent)
+    sys.argv = [str(ROOT / "train.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def one_program(
+    cwd: Path,
+    said: Sequence[Path],
+    environment: Mapping[str, str],
+    program: str,
+    arguments: Sequence[str],
+) -> None:
+    begin(cwd, said, environment)
+    sys.argv = ["-c", *arguments]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+
+
+def begin(cwd: Path, said: Sequence[Path], environment: Mapping[str, str]) -> None:
+    """Make a fork look like a process that was typed: its place, its output, its signals."""
+    os.chdir(cwd)
+    for descriptor, path in enumerate(said, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ |= environment
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process typed
-    sys.argv = [str(ROOT / "train.py"), *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def arm(sent: Signal) -> None:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import forked_runs
 import lightning as L
 import torch
 import torch.distributed as dist
@@ -307,21 +307,24 @@ def one_rank(rank: int, run: Callable[[Path], Any], folder: Path) -> int:
 
 def results(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """What runs saw, made in a process of its own: checks of shapes are not for a compiler."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, str(folder), *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    program = "import parallel_runs, sys; parallel_runs.make(sys.argv[1], sys.argv[2:])"
+    done = forked_runs.python(program, str(folder), *names)
     errors = [path.read_text() for path in folder.glob("*.error")]
     assert done.returncode == 0 and not errors, "\n".join([done.stderr, *errors])
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-if __name__ == "__main__":
+def make(place: str, names: Sequence[str]) -> None:
     vectorised_interpreter.install()
     torch.set_num_threads(1)
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager", fullgraph=True)
-    for name in sys.argv[2:] or RUNS:
+    for name in names or RUNS:
         began = time.monotonic()
-        folder = Path(sys.argv[1], name)
+        folder = Path(place, name)
         folder.mkdir(exist_ok=True)
         in_ranks(*RUNS[name], folder)
         print(f"{name} {time.monotonic() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], sys.argv[2:])

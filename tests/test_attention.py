@@ -2,10 +2,8 @@
 
 import copy
 import math
-import subprocess
-import sys
-from pathlib import Path
 
+import forked_runs
 import jaxtyping
 import pytest
 import torch
@@ -482,8 +480,12 @@ def test_autocast_stays_close_to_float32(option: str) -> None:
 def test_it_compiles_without_a_break() -> None:
     """In a process of its own: the tests' type checks cannot be traced."""
     program = """
+import warnings
 import torch
 from nsa.attention import SparseAttention
+warnings.simplefilter("error")
+# Dynamo itself makes a context as torch deprecates it.
+warnings.filterwarnings("ignore", "<class 'torch.autograd.function.Function'> should not")
 from nsa.compress_networks import MeanPool
 for phi in (None, MeanPool()):
     attn = SparseAttention(24, 8, 4, 5, 6, 4, 8, 3, kv_heads=2, use_diff_topk=True,
@@ -494,11 +496,7 @@ for phi in (None, MeanPool()):
     out.sum().backward()
     assert all(p.grad is not None for p in attn.parameters())
 """
-    # Dynamo itself makes a context as torch deprecates it.
-    filters = ["-W", "error", "-W", "ignore:<class 'torch.autograd.function.Function'> should not"]
-    command = [sys.executable, *filters, "-c", program]
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    result = forked_runs.python(program)
     assert result.returncode == 0, result.stderr
 
 

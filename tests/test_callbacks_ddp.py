@@ -1,11 +1,8 @@
 """Do the callbacks work in two processes: files from rank zero alone, tokens of both?"""
 
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from forked_runs import Done, python
 
 SCRIPT = """
 import sys
@@ -108,12 +105,8 @@ except Exception as error:
 """
 
 
-def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-c", script, str(folder)]
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    environment["NSA_DATA_DIR"] = str(folder / "cache")
-    options: Any = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 200}
-    return subprocess.run(command, env=environment, **options)
+def run(script: str, folder: Path) -> Done:
+    return python(script, str(folder), environment={"NSA_DATA_DIR": str(folder / "cache")})
 
 
 def test_what_breaks_on_one_rank_is_skipped_on_all_and_named(tmp_path):

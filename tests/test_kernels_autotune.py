@@ -1,14 +1,12 @@
 """Tiles come from the table, or with NSA_AUTOTUNE=1 from a stopwatch; how they are measured."""
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from forked_runs import python
 from kernel_inputs import DEVICE
 
 pytest.importorskip("triton")
@@ -151,8 +149,10 @@ def test_a_candidate_is_timed_only_if_it_fits_and_is_right(monkeypatch) -> None:
 
 REHEARSAL = """
 import sys
+import vectorised_interpreter
 from benchmarks.probes import tune
 from benchmarks.workers import Assignment
+vectorised_interpreter.install()
 told = Assignment("all", stop=2e9, date="2026", command="")
 for op, rows in (["attend_fwd"], 9), (["attend_fwd", "orders"], 11):
     arguments = ["--folder", sys.argv[1], "--device", "cpu", "--tokens", "24", "--op", *op]
@@ -164,9 +164,8 @@ for op, rows in (["attend_fwd"], 9), (["attend_fwd", "orders"], 11):
 
 def test_tuning_is_rehearsed_on_a_cpu_and_goes_on(tmp_path) -> None:
     """In a process that sees no GPU: where there is one, kernels are compiled for it here."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", REHEARSAL, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = python(REHEARSAL, str(tmp_path), environment=environment)
     assert done.returncode == 0, done.stderr
     tune.append(tmp_path / "tune.csv", [{"kernel": "select", "status": "lost: silent"}])
     report = tune.report(tune.read(tmp_path / "tune.csv"))

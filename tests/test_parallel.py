@@ -1,16 +1,15 @@
 """Recomputed, compiled and sharded: does a Transformer still learn what it learns on one device?"""
 
 import csv
-import os
 import signal
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import forked_runs
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -211,13 +210,7 @@ def test_layers_of_three_kinds_stay_compiled() -> None:
 
     None has looked into einops, whose reading of patterns would take most of the time.
     """
-    done = subprocess.run(  # outside, since the run-time type checker of tests defies Dynamo
-        [sys.executable, "-c", THREE_KINDS],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-    )
+    done = forked_runs.python(THREE_KINDS)  # the run-time type checks of tests defy Dynamo
     assert "programs: 9\nwhole: True" in done.stdout, done.stdout + done.stderr
 
 
@@ -250,19 +243,15 @@ def test_a_launched_process_waits_to_be_ended(monkeypatch, environment: type, wa
 
 def test_torchrun_trains_from_the_same_configs(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(900)))
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-    launcher += ["--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    torchrun = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+    launcher = ["--standalone", "--nproc-per-node", "2", "--start-method", "fork", "--run-path"]
     sharded = ["trainer=fsdp", "trainer.strategy.save_distributed_checkpoint=true"]
     on_cpu = ["trainer.accelerator=cpu", "trainer.devices=2", "attention.backend=reference"]
     own = ["run_dir=outputs/mine", "activation_checkpointing=selective"]
     short = ["trainer.max_steps=2", "val_every_n_steps=2", "test=false", "logger=csv"]
-    done = subprocess.run(
-        [*launcher, *TINY[1:], *sharded, *on_cpu, *short, *own],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NSA_DATA_DIR": str(tmp_path / "data")},
-        capture_output=True,
-        text=True,
-    )
+    command = [*launcher, str(ROOT / "train.py"), *TINY[1:], *sharded, *on_cpu, *short, *own]
+    environment = {"NSA_DATA_DIR": str(tmp_path / "data")}
+    done = forked_runs.python(torchrun, *command, cwd=tmp_path, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "outputs" / "mine"
     assert done.stdout.count("2 × cpu") == 1

@@ -4,22 +4,19 @@ import csv
 import os
 import re
 import signal
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forked_runs import Signal, finished, run
 from omegaconf import OmegaConf
 
 import generate
 from runs import checkpoint_faults, checkpoints, command_line, resume
 from runs.same_run import check_same_run
 
-ROOT = Path(__file__).parent.parent
-TRAIN = str(ROOT / "train.py")
 LEARNING = (
     *("trainer=cpu", "trainer.max_steps=24", "trainer.log_every_n_steps=2", "val_every_n_steps=8"),
     *("model.dim=32", "model.depth=1", "model.heads=2", "model.dim_head=16", "model.seq_len=32"),
@@ -33,27 +30,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with a corpus, one run from end to end, and one killed at step 14."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(1500)))
-    finished = start(folder, *LEARNING, "name=whole")
-    assert finished.wait() == 0, finished.communicate()
-    finished.communicate()
-    killed = start(folder, *LEARNING, "name=killed")
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if line.startswith("step 14/24"):
-            os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    killed.stdout.close()
+    finished(run(folder, [*LEARNING, "name=whole"]), folder)
+    killed = Signal(signal.SIGKILL, rank=0, step=14)
+    assert run(folder, [*LEARNING, "name=killed"], sent=killed) == [-signal.SIGKILL]
     return folder
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    threads = {"OMP_NUM_THREADS": "1"}
-    environment = os.environ | threads | {"NSA_DATA_DIR": str(folder / "data")}
-    environment.pop("WANDB_SERVICE", None)  # an earlier test's: it would outlive the killed run
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(
-        [sys.executable, TRAIN, *arguments], cwd=folder, env=environment, **pipes
-    )
 
 
 def only(paths: Iterator[Path]) -> Path:
@@ -62,21 +42,19 @@ def only(paths: Iterator[Path]) -> Path:
 
 
 def test_a_killed_run_ends_as_one_never_interrupted(folder: Path) -> None:
-    whole, run = only(folder.glob("outputs/whole/*")), only(folder.glob("outputs/killed/*"))
-    assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_8.ckpt"]
-    wandb_id = (run / "wandb_id.txt").read_text()
-    resumed = start(folder, "ckpt_path=last", "name=killed")
-    output, _ = resumed.communicate()
-    assert resumed.returncode == 0, output
-    assert only(folder.glob("outputs/killed/*")) == run  # the same folder
-    assert (run / "wandb_id.txt").read_text() == wandb_id
-    assert len(list((run / "wandb").glob(f"offline-run-*-{wandb_id.strip()}"))) == 2
+    whole, killed = only(folder.glob("outputs/whole/*")), only(folder.glob("outputs/killed/*"))
+    assert sorted(path.name for path in (killed / "checkpoints").glob("step_*")) == ["step_8.ckpt"]
+    wandb_id = (killed / "wandb_id.txt").read_text()
+    finished(run(folder, ["ckpt_path=last", "name=killed"]), folder)
+    assert only(folder.glob("outputs/killed/*")) == killed  # the same folder
+    assert (killed / "wandb_id.txt").read_text() == wandb_id
+    assert len(list((killed / "wandb").glob(f"offline-run-*-{wandb_id.strip()}"))) == 2
 
-    ends = [load(path / "checkpoints" / "last.ckpt") for path in (whole, run)]
+    ends = [load(path / "checkpoints" / "last.ckpt") for path in (whole, killed)]
     assert ends[0]["global_step"] == ends[1]["global_step"] == 24
     for name, weight in ends[0]["state_dict"].items():
         assert torch.equal(weight, ends[1]["state_dict"][name]), name
-    rows = [learned(path / "metrics.csv") for path in (whole, run)]
+    rows = [learned(path / "metrics.csv") for path in (whole, killed)]
     assert rows[0] == rows[1]
     steps = [int(row["step"]) for row in rows[0]]
     assert steps == sorted(set(steps))

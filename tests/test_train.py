@@ -3,10 +3,7 @@
 import csv
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -419,12 +416,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"NSA_DATA_DIR": str(cwd / "data"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True)
-
-
 def run_train(*arguments: str, cwd: Path) -> tuple[int, str]:
     """Exit code and output of train.py, in a process forked from one that has imported it."""
     (code,) = forked_runs.run(cwd, arguments)
@@ -464,9 +455,10 @@ def test_jobs_side_by_side_outlive_a_refused_one_and_have_a_wandb_run_each(folde
     optuna = ("hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=3")
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     search = ("attention.num_selected_blocks=choice(0,2,-1)", "trainer.max_steps=2")
-    typed = (str(ROOT / "train.py"), "-m", *TINY, *optuna, *joblib, *search)
-    done = run_python(*typed, "data.num_workers=1", cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = run_train(
+        "-m", *TINY, *optuna, *joblib, *search, "data.num_workers=1", cwd=folder
+    )
+    assert code == 0, output
     (outputs,) = (folder / "outputs" / "sweeps").iterdir()
     with (outputs / "sweep.csv").open(newline="") as file:
         errors = {row["overrides"].split()[0]: row["error"] for row in csv.DictReader(file)}
@@ -478,7 +470,7 @@ def test_jobs_side_by_side_outlive_a_refused_one_and_have_a_wandb_run_each(folde
     for path in outputs.glob("*/wandb_id.txt"):
         (log,) = path.parent.glob(f"wandb/offline-run-*/run-{path.read_text().strip()}.wandb")
         assert outputs.name.encode() in log.read_bytes()  # its group
-    assert "#0 " in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert "#0 " in output and "Traceback" not in output
 
 
 def test_what_cannot_run_is_refused_in_one_message(folder: Path) -> None:
@@ -563,7 +555,5 @@ for name, weight in ends[0].items():
 
 def test_compile_changes_neither_names_nor_values(tmp_path: Path) -> None:
     """In a process of its own: the shape checks of the test run are not for a compiler."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    code = f"import sys; sys.path[:0] = {path.split(os.pathsep)!r}\n{COMPILED}"
-    done = run_python("-c", code, str(tmp_path), cwd=tmp_path)
+    done = forked_runs.python(COMPILED, str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
