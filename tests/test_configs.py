@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import get_class
@@ -92,7 +93,7 @@ def test_the_defaults_of_conf_are_those_of_nsa_config() -> None:
             assert value == defaults[key].default, key
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, "large"])
 @pytest.mark.parametrize("kind", ["dense", "window"])
 def test_twins_differ_in_nothing_but_their_layers(kind: str, size: str) -> None:
     twin, nsa = (plain(composed(f"model={k}_{size}", "logger=csv")) for k in (kind, "nsa"))
@@ -113,6 +114,14 @@ def test_phi_of_the_presets_is_under_three_percent(size: str) -> None:
     assert 0 < phi < 0.03 * model.num_params
     expected = {"tiny": 1e6, "small": 25e6, "medium": 125e6}[size]
     assert model.num_params == pytest.approx(expected, rel=0.1)
+
+
+def test_the_large_model_has_350_million_parameters_and_groups_heads_as_the_paper_does() -> None:
+    settings = plain(composed("experiment=bpe_documents").model)
+    with torch.device("meta"):
+        model = Transformer(**{k: settings[k] for k in settings if k not in ("name", "weights")})
+    assert model.num_params == pytest.approx(350e6, rel=0.05)
+    assert settings["heads"] == 16 * settings["kv_heads"] and settings["dim_head"] == 128
 
 
 ARMS = {

@@ -130,6 +130,18 @@ def test_a_run_does_not_go_on_packed_otherwise(saved: dict[str, object]) -> None
         check_same_run(checkpoint, settings, order | {"pack": "documents"})
 
 
+def test_the_recipe_of_documents_trains_in_small(folder: Path) -> None:
+    """experiment=bpe_documents with other sizes: a tokenizer learned, documents packed, chunked."""
+    small = ("model=nsa_tiny", "recipe=tiny", *TRAIN, "data=text", "data.paths=[files/*]")
+    small += ("data.val_fraction=.2", "data.test_fraction=.2", "cross_entropy=chunked")
+    options = ["experiment=bpe_documents", *small, "data.vocab_size=300", "val_every_n_steps=9"]
+    run_dir = folder / "recipe"
+    finished(run(folder, [*options, "trainer.max_steps=2", f"run_dir={run_dir}"]), folder)
+    told = output(folder)[output(folder).rindex("tokens per step") :]
+    assert "packed documents" in told and re.search("cross-entropy  chunked", told), told
+    assert len(rows_of(run_dir)) == 2
+
+
 def test_layers_that_mix_documents_are_refused() -> None:
     module = make_module()
     assert document_alignment(module, "documents") == ATTENTION["selection_block_size"]

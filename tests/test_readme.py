@@ -17,7 +17,7 @@ PAGES = (
     "docs/sweeps.md",
     "docs/benchmarks.md",
 )
-PAGES += ("docs/paper_in_code.md", "docs/evaluation.md")
+PAGES += ("docs/paper_in_code.md", "docs/evaluation.md", "docs/data.md")
 TOOLS = ("source", "pip", "make", "torchrun", "sbatch", "pre-commit", "git")
 MAKES = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PLACES = ("ckpt_path", "resume", "run_dir")  # answered before Hydra starts
