@@ -153,13 +153,18 @@ class Item:
 
 
 def nsa(
-    w: Workload, backend: str, inputs: Sequence[Tensor], indices: Tensor | None = None
+    w: Workload,
+    backend: str,
+    inputs: Sequence[Tensor],
+    indices: Tensor | None = None,
+    *,
+    document_starts: Tensor | None = None,
 ) -> Tensor:
     """From projected heads to the gated sum; without `indices` the backend selects its own."""
     gates, q, q_rot, k, v, *rotated = inputs
     means = BACKENDS[backend].block_means
     compressed = means(k, w.cfg), means(v, w.cfg)
-    projected = Projected(q, *compressed, None, None, q_rot, *rotated, gates)
+    projected = Projected(q, *compressed, None, None, q_rot, *rotated, gates, document_starts)
     return gated_attention(projected, w.cfg, backend=backend, block_indices=indices)
 
 

@@ -22,6 +22,7 @@ import nsa.kernels as kernels
 from nsa import blocks, pooling, reference, rotary
 from nsa.branches import gated_attention
 from nsa.config import NSAConfig
+from nsa.documents import document_starts
 from nsa.heads import Projected
 from nsa.kernels.block_order import inverted_lists
 from nsa.rotary import Rotary
@@ -54,6 +55,7 @@ class Case:
     per_head: bool = False
     logits: float = 1.0  # a factor on the queries
     memories: int = 0
+    documents: tuple[int, ...] = ()  # lengths of those that share each row; none: one
     described: bool = True  # tiles by descriptor where sizes and GPU allow it
     # Partial results of a chunk: least, most.
     chunk_bytes: tuple[int, int] = inverted_lists.PARTIAL_BYTES
@@ -61,6 +63,16 @@ class Case:
     @property
     def cfg(self) -> NSAConfig:
         return NSAConfig(**self.sizes)
+
+    @property
+    def told(self) -> dict[str, Tensor]:
+        """What ops are told of documents, each of which starts where a block does."""
+        if not self.documents:
+            return {}
+        block = self.cfg.selection_block_size
+        taken = [-(-length // block) * block for length in self.documents]
+        borders = torch.tensor([[0, *taken]] * self.B, device=DEVICE).cumsum(1)
+        return {"document_starts": document_starts(borders, self.T)}
 
 
 def small(**changes) -> dict:
@@ -99,6 +111,27 @@ CASES = {
     ),
     "blocks of 128": Case(
         1, 900, 8, 2, 128, 128, sizes=PAPER | dict(selection_block_size=128, num_selected_blocks=3)
+    ),
+    "documents 16/1 D128": Case(
+        2, 1000, 16, 1, 128, 128, sizes=PAPER, documents=(1, 31, 32, 63, 64, 65, 300)
+    ),
+    "documents 8/4 D64, memories": Case(
+        2, 1000, 8, 4, 64, 64, sizes=PAPER | dict(num_selected_blocks=5), memories=70,
+        documents=(500, 17), described=False,
+    ),
+    "documents long 4/2 D64": Case(
+        1, 8192, 4, 2, 64, 64, sizes=PAPER, documents=(1000, 3000, 100), memories=1
+    ),
+    "documents, one": Case(1, 1000, 8, 4, 64, 64, sizes=PAPER, documents=(1000,)),
+    "documents per head, logit mean": Case(
+        1, 600, 8, 2, 64, 64, sizes=small(importance="logit_mean"), per_head=True,
+        documents=(100, 7, 8, 17, 15),
+    ),
+    "documents fp32 2/1 D64": Case(
+        1, 200, 2, 1, 64, 64, FP32, small(num_selected_blocks=3), memories=3, documents=(7, 60, 33)
+    ),
+    "documents of 8, a thousand": Case(
+        1, 8000, 2, 1, 64, 64, sizes=small(selection_block_size=8), documents=(8,) * 1000
     ),
     "odd sizes": Case(
         1, 700, 4, 1, 64, 64, sizes=dict(
@@ -145,7 +178,7 @@ def attempt(name: str, check: Callable[[], object]) -> None:
 
 
 def check_case(case: Case) -> None:
-    cfg, x = case.cfg, draw(case)
+    cfg, told, x = case.cfg, case.told, draw(case)
 
     def compare(name: str, op: Callable, oracle: Callable, inputs: Sequence, names: str) -> None:
         attempt(name, lambda: judge(op, oracle, inputs, names, case.dtype))
@@ -154,8 +187,8 @@ def check_case(case: Case) -> None:
     memories = (x["mem_k"], x["mem_v"]) if case.memories else ()
     compare(
         "compressed",
-        lambda q, k, v, *m: kernels.compressed_attention(q, k, v, cfg, *m),
-        lambda q, k, v, *m: reference.compressed_attention(q, k, v, cfg, *m),
+        lambda q, k, v, *m: kernels.compressed_attention(q, k, v, cfg, *m, **told),
+        lambda q, k, v, *m: reference.compressed_attention(q, k, v, cfg, *m, **told),
         (q, k_cmp, v_cmp, *memories),
         "out lse dq dk dv" + (" dmem_k dmem_v" if memories else ""),
     )
@@ -179,8 +212,8 @@ def check_case(case: Case) -> None:
         )
     compare(
         "window",
-        lambda q, k, v: kernels.sliding_window_attention(q, k, v, cfg),
-        lambda q, k, v: reference.sliding_window_attention(q, k, v, cfg),
+        lambda q, k, v: kernels.sliding_window_attention(q, k, v, cfg, **told),
+        lambda q, k, v: reference.sliding_window_attention(q, k, v, cfg, **told),
         (q, k, v),
         "out dq dk dv",
     )
@@ -197,19 +230,19 @@ def check_case(case: Case) -> None:
     gates = torch.rand(*q.shape[:3], 3, dtype=torch.float64, device=DEVICE)
     names = "out dgates da db dc"
     compare("combine", kernels.combine, reference.combine, (gates, *out), names)
-    _, lse = reference.compressed_attention(q, k_cmp, v_cmp, cfg, *memories)
+    _, lse = reference.compressed_attention(q, k_cmp, v_cmp, cfg, *memories, **told)
     check_selected(case, compare, x, lse)
 
 
 def check_selected(case: Case, compare: Callable, x: dict[str, Tensor], lse: Tensor) -> None:
     """The choice of blocks, and attention to them in both loop orders."""
     cfg, q, k, v, k_cmp = case.cfg, x["q"], x["k"], x["v"], x["k_cmp"]
-    shared = not case.per_head
-    indices = reference.select_blocks(q, k_cmp, lse, cfg, shared)
+    shared, told = not case.per_head, case.told
+    indices = reference.select_blocks(q, k_cmp, lse, cfg, shared, **told)
     select = kernels.select_blocks
     attempt(
         "select",
-        lambda: judge_selection(select, q, k_cmp, lse, cfg, case.dtype, shared=shared)[0],
+        lambda: judge_selection(select, q, k_cmp, lse, cfg, case.dtype, shared=shared, **told)[0],
     )
     if case.T > 3:
         indices[:, 3] = -1  # a token that keeps nothing
@@ -217,8 +250,8 @@ def check_selected(case: Case, compare: Callable, x: dict[str, Tensor], lse: Ten
         with loop_order(tile_order):
             compare(
                 name,
-                lambda q, k, v: kernels.selected_attention(q, k, v, indices, cfg),
-                lambda q, k, v: reference.selected_attention(q, k, v, indices, cfg),
+                lambda q, k, v: kernels.selected_attention(q, k, v, indices, cfg, **told),
+                lambda q, k, v: reference.selected_attention(q, k, v, indices, cfg, **told),
                 (q, k, v),
                 "out dq dk dv",
             )
@@ -226,8 +259,8 @@ def check_selected(case: Case, compare: Callable, x: dict[str, Tensor], lse: Ten
     inverted_lists.ITEM_ROWS = 256  # several items a list
     compare(
         "selected, gates",
-        lambda q, k, v, g: kernels.selected_attention(q, k, v, indices, cfg, g),
-        lambda q, k, v, g: reference.selected_attention(q, k, v, indices, cfg, g),
+        lambda q, k, v, g: kernels.selected_attention(q, k, v, indices, cfg, g, **told),
+        lambda q, k, v, g: reference.selected_attention(q, k, v, indices, cfg, g, **told),
         (q, k, v, torch.ones(indices.shape, dtype=torch.float64, device=DEVICE)),
         "out dq dk dv dgates",
     )
@@ -235,35 +268,37 @@ def check_selected(case: Case, compare: Callable, x: dict[str, Tensor], lse: Ten
     if case.T <= 1000:
         compare(
             "importance at blocks",
-            partial(chosen_importance, kernels, indices, cfg),
-            partial(chosen_importance, reference, indices, cfg),
+            partial(chosen_importance, kernels, indices, cfg, told),
+            partial(chosen_importance, reference, indices, cfg, told),
             (q, k_cmp),
             "value dq dk",
         )
 
 
 def chosen_importance(
-    backend: ModuleType, indices: Tensor, cfg: NSAConfig, q: Tensor, k_cmp: Tensor
+    backend: ModuleType, indices: Tensor, cfg: NSAConfig, told: dict, q: Tensor, k_cmp: Tensor
 ) -> Tensor:
     """Importance at `indices`, lse computed as well: its gradient is part of the keys'."""
-    lse = backend.compressed_attention(q, k_cmp, k_cmp, cfg)[1]
-    return backend.selected_importance(q, k_cmp, lse, indices, cfg)
+    lse = backend.compressed_attention(q, k_cmp, k_cmp, cfg, **told)[1]
+    return backend.selected_importance(q, k_cmp, lse, indices, cfg, **told)
 
 
 def compare_gated(
     case: Case, compare: Callable, x: dict[str, Tensor], lse: Tensor, indices: Tensor
 ) -> None:
     """The three branches and their sum in one op; the compressed output's own rounding counts."""
-    cfg, gates = case.cfg, torch.rand(*x["q"].shape[:3], 3, dtype=torch.float64, device=DEVICE)
+    cfg, told = case.cfg, case.told
+    gates = torch.rand(*x["q"].shape[:3], 3, dtype=torch.float64, device=DEVICE)
 
     def op(gates, q, k_cmp, v_cmp, q_rot, *kv):
-        projected = Projected(q, k_cmp, v_cmp, None, None, q_rot, *kv, gates)
+        starts = told.get("document_starts")
+        projected = Projected(q, k_cmp, v_cmp, None, None, q_rot, *kv, gates, starts)
         return gated_attention(projected, cfg, backend="triton", block_indices=indices)
 
     def oracle(gates, q, k_cmp, v_cmp, q_rot, k_slc, v_slc, k_win, v_win):
-        compressed, _ = reference.compressed_attention(q, k_cmp, v_cmp, cfg)
-        selected = reference.selected_attention(q_rot, k_slc, v_slc, indices, cfg)
-        sliding = reference.sliding_window_attention(q_rot, k_win, v_win, cfg)
+        compressed, _ = reference.compressed_attention(q, k_cmp, v_cmp, cfg, **told)
+        selected = reference.selected_attention(q_rot, k_slc, v_slc, indices, cfg, **told)
+        sliding = reference.sliding_window_attention(q_rot, k_win, v_win, cfg, **told)
         return reference.combine(gates, compressed, selected, sliding)
 
     q, k, v = x["q"], x["k"], x["v"]

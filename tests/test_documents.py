@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ OPTIONS = {
         "query_heads_share_selected_kv": False, "importance": "logit_mean", "use_diff_topk": True,
         "compress_mlp": MeanPool(),
     },
+    "per head": {"query_heads_share_selected_kv": False, "compress_mlp": MeanPool()},
     "random": {"selection": "random"},
     "oracle": {"selection": "oracle", "num_local_blocks": 2, "num_initial_blocks": 2},
     "no selection": {"num_selected_blocks": 0},
@@ -92,6 +94,34 @@ def test_dense_documents_are_as_if_alone(monkeypatch) -> None:
     module = randomised(Attention(12, 6, 2, 1, output_gate=True))
     for lengths in LENGTHS.values():
         assert_same(*packed_and_alone(module, lengths, 1))
+
+
+def test_flex_documents_are_those_of_the_reference(monkeypatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    module = randomised(LAYERS["per head"](backend="flex")).float()
+    judge = LAYERS["per head"](backend="reference").eval()
+    judge.load_state_dict(module.state_dict())
+    places = laid_out(LENGTHS["edges"], BLOCK)
+    x = torch.randn(1, places.document_starts.shape[1], 12)
+    with torch.no_grad():
+        got, want = (each(x, document_starts=places.document_starts) for each in (module, judge))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_triton_documents_are_those_of_the_reference() -> None:
+    pytest.importorskip("triton")
+    options = dict(dim_head=16, compress_mlp=MeanPool())
+    module, judge = (LAYERS["paper"](**options, backend=name) for name in ("triton", "reference"))
+    judge.load_state_dict(randomised(module).float().state_dict())
+    x = torch.randn(1, 48, 12, requires_grad=True)
+    starts = document_starts(torch.tensor([[0, 16, 32]]), 48)
+    results = []
+    for each, dtype in ((module, torch.float32), (judge.double().eval(), torch.float64)):
+        out = each(x.to(dtype), document_starts=starts)
+        leaves = [x, *each.parameters()]
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want.to(got.dtype), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "number"), [("paper", 100), ("window", 1000), ("dense", 1000)])
@@ -191,6 +221,64 @@ def test_what_cannot_take_documents_refuses_them() -> None:
 def test_starts_that_are_none_are_refused(starts: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_documents(starts, 1, 4, 2)
+
+
+# ---- on a GPU ------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_other_documents_and_nothing_waits_for_the_gpu() -> None:
+    """Forward and backward, recorded once: as they are without a graph."""
+    sizes = SIZES | dict(dim=64, dim_head=64, heads=4, compress_mlp=MeanPool(), backend="triton")
+    attn = SparseAttention(**sizes).cuda()
+    x = torch.randn(2, 1024, 64, device="cuda", requires_grad=True)
+    leaves = [x, *attn.parameters()]
+    borders = torch.tensor([[0, 64, 128, 700], [0, 16, 512, 1008]], device="cuda") // BLOCK * BLOCK
+    others = torch.tensor([[0, 32, 48, 64], [0, 528, 544, 1024]], device="cuda")
+    starts = document_starts(borders, 1024)
+
+    def step() -> list[Tensor]:
+        out = attn(x, document_starts=starts)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    seen = []
+    for each in (others, borders):
+        starts.copy_(document_starts(each, 1024))
+        graph.replay()
+        for got, want in zip(recorded, step(), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+        seen.append(recorded[0].clone())
+    assert not torch.allclose(*seen)
+
+
+@pytest.mark.gpu
+def test_dense_documents_on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    module = Attention(64, 64, 4, 2)
+    x = torch.randn(2, 700, 64)
+    starts = document_starts(torch.tensor([[0, 1, 128, 300], [0, 511, 512, 690]]), 700)
+    results = []
+    for device in ("cpu", "cuda"):
+        module, tokens = module.to(device), x.to(device).requires_grad_()
+        out = module(tokens, document_starts=starts.to(device))
+        leaves = [tokens, *module.parameters()]
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        results.append([each.cpu() for each in (out, *grads)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-2)
 
 
 # ---- the layout ------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from nsa import blocks, flex, ops, reference
 from nsa.backends import resolve_backend
 from nsa.config import NSAConfig
+from nsa.documents import document_starts
 
 LENGTHS = (1, 17, 130, 300)  # below a tile of 128, a little over one, and some
 
@@ -57,6 +58,27 @@ def test_sliding_mask(num_tokens: int, causal: bool) -> None:
         want = blocks.sliding_window(num_tokens, config(causal, window))
         assert torch.equal(shown(mask)[0, 0], want)
         assert torch.equal(mask.to_dense()[0, 0] > 0, tiles(want))
+
+
+def documents_of(num_tokens: int) -> Tensor:
+    """Two rows, with documents that start anywhere."""
+    return document_starts(torch.tensor([[0, 3, 100, 260], [0, 128, 129, 140]]), num_tokens)
+
+
+@pytest.mark.parametrize("num_tokens", LENGTHS)
+def test_masks_of_documents(num_tokens: int) -> None:
+    starts, told = documents_of(num_tokens), {"document_starts": documents_of(num_tokens)}
+    windows = {
+        window: (
+            flex.create_sliding_mask(num_tokens, window, device="cpu", **told),
+            blocks.sliding_window(num_tokens, config(True, window), **told),
+        )
+        for window in (1, 40, 129)
+    }
+    dense = flex.create_document_mask(starts), blocks.causal(num_tokens, **told)
+    for mask, want in (*windows.values(), dense):
+        assert torch.equal(shown(mask, batch=2)[:, 0], want)
+        assert torch.equal(mask.to_dense()[:, 0] > 0, tiles(want))
 
 
 @pytest.mark.parametrize("causal", [True, False])
