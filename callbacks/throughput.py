@@ -57,9 +57,10 @@ class Throughput(EveryNSteps):
 
     All ranks' tokens count. The clock stands still in validation and in the periodic work of other
     callbacks; waiting for data and saving checkpoints count. Utilisation is `model.flops_per_token`
-    times tokens per second over the devices' dense bfloat16 peak, whatever the precision; it is not
-    logged where the peak is unknown. Memory is rank zero's: the most PyTorch has held on the GPU,
-    or the process's largest resident size on a CPU, since its start.
+    for documents of the data's lengths, times tokens per second over the devices' dense bfloat16
+    peak, whatever the precision; it is not logged where the peak is unknown. Memory is rank zero's:
+    the most PyTorch has held on the GPU, or the process's largest resident size on a CPU, since its
+    start.
 
     Args:
         skip_steps: steps at the start (of a resumed run too) that `tokens_per_second` leaves out:
@@ -126,8 +127,7 @@ class Throughput(EveryNSteps):
         rows, length = batch["tokens"].shape
         self._tokens += rows * (length - 1) * trainer.world_size
         if self._flops_per_token is None:
-            model: Any = pl_module.model
-            self._flops_per_token = float(model.flops_per_token(length - 1))
+            self._flops_per_token = flops_per_token(trainer, pl_module, length - 1)
         if self._steady is None and trainer.global_step == self._steady_from:
             self._steady = self._latest = self._mark(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -162,6 +162,13 @@ class Throughput(EveryNSteps):
         periodic = [other for other in trainer.callbacks if isinstance(other, EveryNSteps)]
         others = sum(other.seconds for other in periodic)
         return self._tokens, time.perf_counter() - self._paused - others
+
+
+def flops_per_token(trainer: Any, pl_module: Any, num_tokens: int) -> float:
+    """Of a token of training's windows: a document attends to itself, and padding is no work."""
+    data = trainer.datamodule
+    every = data.document_lengths() if hasattr(data, "document_lengths") else [(num_tokens, 1.0)]
+    return sum(share * float(pl_module.model.flops_per_token(length)) for length, share in every)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -156,6 +156,12 @@ class TokenDataModule(L.LightningDataModule, ABC):
         windows = len(self.packing("train")) if packs else len(self.splits["train"]) // self.seq_len
         return {self.name: samples / windows}
 
+    def document_lengths(self) -> list[tuple[int, float]]:
+        """How long what attends to itself is in training, and its share of a window's tokens."""
+        if self.pack == "documents":
+            return self.packing("train").lengths()
+        return [(self.seq_len, 1.0)]
+
     def summary(self, samples: int) -> dict[str, str]:
         """What a run of so many samples says of its data before it trains, by what it is about."""
         if self.pack != "documents":

@@ -16,8 +16,9 @@ from data import enwik8, sources
 from data.base import SPLITS, TokenDataModule
 from data.checks import check_at_least, check_fractions
 from data.documents import (
-    SplitOf,
     check_eot,
+    drawn_splits,
+    only,
     text_strings,
     write_documents,
     write_files,
@@ -25,7 +26,6 @@ from data.documents import (
 )
 from data.huggingface import DatasetChoice
 from data.plain_text import Decoding, check_text
-from data.sampler import mix
 from data.shards import cache_root
 from data.sources import unpacked
 from data.tokenizer import ByteTokenizer, TokenizerChoice
@@ -287,15 +287,9 @@ class HuggingFaceDataModule(TokenDataModule):
                     write_documents(writer, tokenizer, batches, split_of, self.max_tokens)
 
     def _split_of(self, numbers: NDArray[np.uint64]) -> NDArray[np.str_]:
-        """Where documents of the training split go: drawn from their numbers alone."""
-        draws = mix(numbers) / 2**64
-        splits = np.full(len(numbers), "train")
-        below = 0.0
-        for split, fraction in self.fractions.items():
-            if self.split_names[split] is None:
-                splits[(below <= draws) & (draws < below + fraction)] = split
-                below += fraction
-        return splits
+        """Where documents of the training split go."""
+        cut = {s: f for s, f in self.fractions.items() if self.split_names[s] is None}
+        return drawn_splits(numbers, cut)
 
     def _training_texts(self) -> Iterator[str]:
         number = 0
@@ -303,8 +297,3 @@ class HuggingFaceDataModule(TokenDataModule):
             splits = self._split_of(np.arange(number, number + len(batch), dtype=np.uint64))
             number += len(batch)
             yield from text_strings(batch.filter(pa.array(splits == "train")))
-
-
-def only(split: str) -> SplitOf:
-    """Every document in one split."""
-    return lambda numbers: np.full(len(numbers), split)

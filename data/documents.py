@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.base import SPLITS
+from data.sampler import mix
 from data.shards import ShardWriter
 from data.sources import Watch, pieces, release, unpacked
 from data.tokenizer import AnyTokenizer
@@ -147,6 +148,22 @@ def write_batch(
         writer.begin_documents(split, ends - sizes[chosen])
         writer.append(split, tokens, int(num_bytes[chosen].sum()))
     return kept
+
+
+def only(split: str) -> SplitOf:
+    """Every document in one split."""
+    return lambda numbers: np.full(len(numbers), split)
+
+
+def drawn_splits(numbers: NDArray[np.uint64], fractions: Mapping[str, float]) -> NDArray[np.str_]:
+    """The splits of documents, drawn from their numbers alone; train is what is left."""
+    draws = mix(numbers) / 2**64
+    splits = np.full(len(numbers), "train")
+    below = 0.0
+    for split, fraction in fractions.items():
+        splits[(below <= draws) & (draws < below + fraction)] = split
+        below += fraction
+    return splits
 
 
 def check_eot(tokenizer: AnyTokenizer, name: str) -> None:

@@ -100,6 +100,13 @@ class MixDataModule(TokenDataModule):
             for share, corpus in zip(shares, modules, strict=True)
         )
 
+    def document_lengths(self) -> list[tuple[int, float]]:
+        return [
+            (length, share * self.quotas[name] / PERIOD)
+            for name, corpus in self.corpora.items()
+            for length, share in corpus.document_lengths()
+        ]
+
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each corpus has been gone through, to within a period."""
         return {

@@ -80,6 +80,18 @@ class Packing:
         """The same of the last window, with which packing ended."""
         return self._filled(self.parts.labels[self.windows[-1]], 1)
 
+    def lengths(self, groups: int = 16) -> list[tuple[int, float]]:
+        """How long parts are, and the share of all windows' tokens in parts of about that length.
+
+        Parts are grouped by length; a group's is the mean over its tokens. The rest is empty.
+        """
+        slots = np.sort(self._slots(self.parts.labels))
+        ends = np.cumsum(slots)
+        borders = np.searchsorted(ends, np.linspace(0, ends[-1], groups + 1)[1:-1])
+        found = [each for each in np.split(slots, borders) if len(each)]
+        whole = len(self) * self.seq_len
+        return [(round((e * e).sum() / e.sum()), float(e.sum()) / whole) for e in found]
+
     def _filled(self, labels: NDArray[np.int64], windows: int) -> float:
         return float(self._slots(labels).sum()) / (windows * self.seq_len)
 

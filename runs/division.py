@@ -111,7 +111,7 @@ def choose_by_trial(trainer: Any, module: Any, share: int) -> tuple[int, Room | 
         trainer.precision_plugin.forward_context,
         activation_checkpointing=module.activation_checkpointing,
         cross_entropy=module.cross_entropy,
-        documents=trainer.datamodule.pack == "documents",
+        documents=getattr(trainer.datamodule, "pack", "stream") == "documents",
         shards=trainer.world_size if isinstance(trainer.strategy, FSDP2Strategy) else 1,
     )
     at_once = least(micro_batch.on_gpu(share, memory, room))

@@ -27,6 +27,7 @@ from nsa.training.lightning_module import NSALightningModule
 from runs import checkpoints, counts, lock, notices, ranks, record, results, strategies, time_limit
 from runs import export as exported
 from runs.division import Room, StepDivision, check_batch, share_of
+from runs.document_alignment import document_alignment
 from runs.folder import CHECKPOINTS, newest_first, write_text
 from runs.same_run import check_same_run, flatten
 
@@ -122,24 +123,6 @@ def check_settings(settings: dict[str, Any]) -> None:
     for path, value in flatten(settings, ""):
         if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "maybe"):
             raise ValueError(f"{path}={value} is text, which counts as true: write true or false")
-
-
-def document_alignment(module: NSALightningModule, pack: str) -> int:
-    """At multiples of which token the model's layers let documents begin.
-
-    Raises:
-        ValueError: if documents are packed and a layer would mix them.
-    """
-    alignment = module.model.document_alignment
-    if alignment is None and pack == "documents":
-        layers = [block.attention for block in module.model.blocks]
-        kinds = {type(each).__name__ for each in layers if each.document_alignment is None}
-        mixing = ", ".join(sorted(kinds))
-        raise ValueError(
-            f"data.pack=documents: {mixing} in model.layer_pattern does not keep the documents of "
-            "a row apart: choose other layers, or data.pack=stream"
-        )
-    return alignment or 1
 
 
 def build_trainer(cfg: DictConfig) -> L.Trainer:

@@ -320,20 +320,22 @@ def test_a_resumed_run_sees_what_the_whole_run_saw(letters: str, tmp_path: Path)
     assert resumed.seen == whole.seen[6:]
 
 
-@pytest.mark.parametrize("name", ["enwik8", "stdlib", "text", "hf"])
+@pytest.mark.parametrize("name", ["enwik8", "stdlib", "text", "hf", "mix"])
 def test_a_config_names_every_option_and_makes_its_datamodule(name: str, letters: str) -> None:
     with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
         sizes = ["model.seq_len=64", "batch.micro_batch_size=8", "seed=3"]
         config: Any = compose("train", [*sizes, f"data={name}"])
     OmegaConf.set_struct(config, False)
+    of_text = {"_target_": "data.datamodule.TextDataModule", "name": "text", "paths": [letters]}
     given = {"text": {"paths": [letters]}, "hf": {"name": "some/dataset"}}.get(name, {})
+    given |= {"corpora": {"letters": of_text}} if name == "mix" else {}
     config.data.update(given)
     module = instantiate(config.data)
     assert isinstance(module, TokenDataModule)
     assert (module.seq_len, module.micro_batch_size, module.seed) == (64, 8, 3)
     assert (module.name, module.vocab_size) == (given.get("name", name), 256)
     parameters = constructor_options(type(module))
-    assert parameters == set(config.data) - {"_target_", "_convert_"}
+    assert parameters == set(config.data) - {"_target_", "_convert_", "_recursive_"}
     if name in ("text", "hf"):
         with pytest.raises(Exception, match=r"data\.(paths is empty|name is missing)"):
             config.data.update({"text": {"paths": []}, "hf": {"name": None}}[name])

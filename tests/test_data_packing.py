@@ -74,6 +74,16 @@ def test_documents_behind_one_another_fill_a_window(split: TokenSplit) -> None:
     assert 0 < packed.last_fill <= 1
 
 
+def test_lengths_are_those_of_the_parts_and_their_share(split: TokenSplit) -> None:
+    packed = packing(split, 64, 16)
+    lengths = packed.lengths(groups=5)
+    assert sum(share for _, share in lengths) == pytest.approx(packed.fill)
+    slots = np.minimum(packed.parts.labels + 1, 64)
+    mean = sum(length * share for length, share in lengths) / packed.fill
+    assert mean == pytest.approx((slots * slots).sum() / slots.sum(), rel=0.02)
+    assert [length for length, _ in lengths] == sorted(length for length, _ in lengths)
+
+
 def first_fit(sizes: NDArray[np.int64], room: int) -> int:
     """Bins by best fit, the largest first, one thing at a time."""
     left: list[int] = []

@@ -31,11 +31,11 @@ class NSALightningModule(L.LightningModule):
     A label of −1, which pads the end of a window, is not scored. `{"scored": bool [B, T]}` in the
     batch says which of the others are; without it, all are. `{"document_starts": int32 [B, T]}`
     keeps documents of a row apart (`nsa.documents`). `{"corpus": int64 [B]}` numbers the corpus of
-    each row, whose loss is then logged as `train/<corpus>/loss` (of the steps since the last log)
-    and `val/<corpus>/loss`, by the names of the datamodule's `corpora`.
+    each row among the datamodule's `corpora`: their losses are logged, too, as `val/<name>/loss`
+    and `train/<name>/loss` (of the steps since the last log).
 
-    Logged: `train/loss`, `val/loss` and `test/loss` in nats per scored label, and with each the
-    datamodule's `metric` under its name; `optim/lr` and `optim/grad_norm` (before clipping).
+    Logged: `train/loss`, `val/loss` and `test/loss` in nats per scored label, each with the data's
+    `metric` under its name; `optim/lr` and `optim/grad_norm` (before clipping).
 
     A step whose loss on any rank, or whose gradient, is not finite updates nothing; it counts as
     done. `step_losses` [A], of this rank's micro-batches, and `grad_norm` [], of all ranks, are the
@@ -181,14 +181,14 @@ class NSALightningModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._gradients is not None and self.trainer.world_size > 1:
             self._gradients.sum_over_ranks()
-        found, self._micro_totals = torch.stack(self._micro_totals), []
-        of_all, of_corpora = split_totals(found, self._datamodule)
+        of_all, of_corpora = split_totals(torch.stack(self._micro_totals), self._datamodule)
+        self._micro_totals = []
         self.step_losses, *shares = torch.cat([of_all[:, :1], of_all[:, 2:]], 1).T / of_all[:, 1]
         self._corpus_totals = self._corpus_totals + of_corpora.sum(dim=0)
         if not self._logs_this_step:
             return
-        loss, *correct = [self._mean_of_ranks(each) for each in (self.step_losses, *shares)]
-        self.log_dict(scores("train", loss, correct[0] if correct else None, self._datamodule))
+        loss, *share = [self._mean_of_ranks(each) for each in (self.step_losses, *shares)]
+        self.log_dict(scores("train", loss, share[0] if share else None, self._datamodule))
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
         self._log_corpora_of_training()
 
@@ -207,10 +207,7 @@ class NSALightningModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all parameters; None and 0 do not clip.
-
-        Lightning's own clipping refuses a fused AdamW.
-        """
+        """Clip by the norm over all parameters; Lightning's own clipping refuses a fused AdamW."""
         norm = clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
         self.grad_norm = parallel.full(norm)
         skip_if_broken(optimizer, self.grad_norm)
@@ -254,12 +251,9 @@ class NSALightningModule(L.LightningModule):
         # The sanity check before training must not compile programs that are not needed yet.
         checking = self.trainer.sanity_checking
         with torch.compiler.set_stance("force_eager") if checking else nullcontext():
-            self._evaluate(batch)
+            self._split_totals.append(self._loss(batch)[1])
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
         self._split_totals.append(self._loss(batch)[1])
 
     def on_validation_epoch_end(self) -> None:

@@ -25,7 +25,9 @@ def totals(
     found = torch.stack(of_all)
     if corpus is None or sums.of_rows is None:
         return found
-    of_corpora = sums.of_rows.new_zeros(num_corpora, 2).index_add(0, corpus, sums.of_rows)
+    # Not index_add, which adds on a GPU in any order.
+    from_corpus = corpus[:, None] == torch.arange(num_corpora, device=corpus.device)  # [B, K]
+    of_corpora = torch.where(from_corpus[..., None], sums.of_rows[:, None], 0).sum(dim=0)
     return torch.cat([found, of_corpora.flatten()])
 
 
