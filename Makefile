@@ -22,7 +22,7 @@ sweep-report: .venv/.installed ## draw a sweep's table and plot from its sweep.c
 	@$(BIN)/python -m runs.sweep_report $(SWEEP)
 
 test: .venv/.installed ## run the tests that need no GPU
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: .venv/.installed ## run the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu

@@ -8,6 +8,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+SLOWEST = (  # begun first, so that none is left to one worker in the end
+    *("test_kernels_compile", "test_resume_matrix", "test_train", "test_parallel"),
+    *("test_command_line", "test_configs", "test_sweep", "test_resume", "test_checkpoints"),
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests without the gpu marker run as on a machine without a GPU, whatever is there."""
@@ -20,6 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
         import vectorised_interpreter  # late: it imports triton
 
         vectorised_interpreter.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOWEST)))
 
 
 @pytest.fixture(autouse=True)

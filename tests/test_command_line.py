@@ -19,6 +19,7 @@ TINY = (
     *("trainer.max_steps=6e0", "val_every_n_steps=3.0", "trainer.log_every_n_steps=1"),
     *("trainer.limit_val_batches=2", "scheduler.warmup_steps=2", "callbacks.samples.new_tokens=2"),
     *("data=text", "data.num_workers=0", "data.paths=[plain.txt]", "logger=csv", "test=false"),
+    "callbacks.loss_plot=null",
 )
 PATIENCE = "callbacks.early_stopping.patience=1"
 NAMED = "run_dir=runs/${name}-s${seed}"

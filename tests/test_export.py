@@ -21,6 +21,7 @@ TINY = [
     "trainer=cpu", "model.dim=32", "model.depth=2", "model.heads=2", "model.dim_head=16",
     "model.seq_len=64", "batch.sequences_per_step=2", "trainer.max_steps=2",
     "val_every_n_steps=2", "scheduler.warmup_steps=1", "callbacks.samples=null",
+    "callbacks.loss_plot=null",
     "callbacks.attention_statistics=null", "data=text", "data.num_workers=0", "logger=csv",
     "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "attention.qk_norm=true",
     "attention.rope_scaling={type: yarn, factor: 4, original_seq_len: 16}",

@@ -406,7 +406,8 @@ TINY = (
     *("trainer=cpu", "model.dim=32", "model.depth=1", "model.heads=2", "model.dim_head=16"),
     *("model.seq_len=32", "batch.micro_batch_size=8", "val_every_n_steps=10"),
     *("trainer.log_every_n_steps=1", "scheduler.warmup_steps=5", "optimizer.lr=1e-2"),
-    *("callbacks.samples.new_tokens=8", "data=text", "data.paths=[corpus.txt]"),
+    *("callbacks.samples.new_tokens=8", "callbacks.loss_plot=null"),
+    *("data=text", "data.paths=[corpus.txt]"),
 )
 
 
