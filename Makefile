@@ -55,4 +55,4 @@ fix: .venv/.installed ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environment and the caches
-	rm -rf .venv .triton-oldest .ruff_cache .pytest_cache
+	rm -rf .venv .triton-oldest .triton-cache .ruff_cache .pytest_cache

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -20,6 +21,7 @@ CFG = NSAConfig(
 )  # fmt: skip
 
 
+COMPILED = Path(__file__).parents[1] / ".triton-cache"
 ALL = {"select_kernel", "attend_dkv_kernel", "merge_kernel", "sum_partials_kernel", "weigh_kernel"}
 SELECT = "--arch 90 --dim 64 --heads 8/2 --kernel select"
 
@@ -33,14 +35,18 @@ SELECT = "--arch 90 --dim 64 --heads 8/2 --kernel select"
     ],
     ids=["sm_90", "sm_80", "few blocks and many"],
 )
-def test_kernels_compile(targets, names, tmp_path):
-    """In a process without the interpreter: an interpreted function can't be compiled."""
+def test_kernels_compile(targets, names):
+    """In a process without the interpreter: an interpreted function can't be compiled.
+
+    What compiled before is kept from one run of the tests to the next, as Triton keeps it: by
+    source, options and compiler.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = f"from benchmarks.probes import compile_kernels as probe\nfor words in {targets}:\n"
     program += "    assert probe.main(words.split()) == 0, words"
     run = subprocess.run(
         [sys.executable, "-c", program],
-        env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+        env=env | {"TRITON_CACHE_DIR": str(COMPILED)}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("largest shared memory") == len(targets)
