@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import forked_runs
+import pytest
+
 from benchmarks import evidence, evidence_figures
 
 
@@ -35,3 +38,13 @@ def test_figures_are_made_of_the_csv_alone(tmp_path: Path) -> None:
     table = evidence_figures.draw(tmp_path)
     assert "0.6000" in table and "never 30" in table
     assert (tmp_path / "evidence.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("arm", "least", "most"), [("nsa", 0.9, 1.0), ("window", 0.0, 0.1)])
+def test_nsa_finds_what_a_window_cannot_see(
+    tmp_path: Path, arm: str, least: float, most: float
+) -> None:
+    words = ["experiment=recall_cpu", f"arm={arm}", "logger=csv", "callbacks=none", "run_dir=run"]
+    forked_runs.finished(forked_runs.run(tmp_path, words), tmp_path)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert least <= result["test_accuracy"] <= most
