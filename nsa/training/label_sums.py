@@ -70,8 +70,8 @@ def plain(model: partial[Tensor], labels: Int[Tensor, "B T"], counts_correct: bo
 
 def chunked(model: partial[Tensor], labels: Int[Tensor, "B T"], counts_correct: bool) -> Nats:
     """By the logits of some labels after the others."""
-    weight = cast(Any, model.func).head.weight
     hidden = model(return_hidden=True).flatten(0, 1)
+    weight = cast(Any, model.func).head.weight  # now: FSDP gathers it in the forward pass
     nats, of_each, correct = linear_cross_entropy(
         hidden, weight, labels.flatten(), counts_correct=counts_correct
     )
