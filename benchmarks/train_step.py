@@ -3,7 +3,8 @@
 The twins nsa, dense and window of conf/model, by length at a constant number of tokens a step, on
 each backend: as it is, `compiled` (block by block, as train.py does with compile=true), or compiled
 and replayed as CUDA `graphs` (compile=reduce-overhead). `example` is the model that
-native-sparse-attention-pytorch trains in its own example: 8192 tokens a step.
+native-sparse-attention-pytorch trains in its own example: 8192 tokens a step. `--vocab` gives a
+model another vocabulary than bytes; large ones have the chunked loss, as in train.py.
 
 A step is forward, backward, clipping and a fused AdamW, in bf16 autocast on a GPU. `gpu_busy` is
 the share of it in which the GPU works; the rest waits for the host. Rows go to results.csv.
@@ -64,6 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--compiled-tokens", type=int, nargs="*", default=[1024, 16384, 32768, 65536],
         help="of these also the compiled model, and CUDA graphs of it",
     )  # fmt: skip
+    parser.add_argument("--vocab", type=int, default=256, help="tokens of vocabulary")
     parser.add_argument("--tokens-per-step", type=int, default=65536, help="of small and medium")
     parser.add_argument("--seconds", type=float, default=1.5, help="of repeating a step")
     parser.add_argument("--warm-seconds", type=float, default=150.0, help="compiling ahead; 0: not")
@@ -92,11 +94,13 @@ def ways(options: argparse.Namespace) -> list[str]:
     return [how for how in COMPILE if on_gpu or COMPILE[how] != parallel.REPLAYED]
 
 
-def model_options(size: str, kind: str, backend: str, tokens: int) -> dict[str, Any]:
+def model_options(
+    size: str, kind: str, backend: str, tokens: int, vocab: int = 256
+) -> dict[str, Any]:
     """The arguments of `Transformer`, as conf/ has them."""
     overrides = [f"model={kind}_{'small' if size == 'example' else size}"]
     overrides += EXAMPLE if size == "example" else ()
-    overrides += [f"model.seq_len={tokens}", "run_dir=."]
+    overrides += [f"model.seq_len={tokens}", f"model.vocab_size={vocab}", "run_dir=."]
     if kind != "dense":
         overrides.append(f"attention.backend={backend}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -119,7 +123,7 @@ def columns(size: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
     kind, backend = job[0].split(maxsplit=1)
     return {
         "suite": "train_step",
-        "op": f"{kind}_{size}",
+        "op": f"{kind}_{size}" + (f" V{options.vocab}" if options.vocab != 256 else ""),
         "backend": backend,
         "tokens": job[1],
         "batch": batch_size(size, job[1], options),
@@ -170,7 +174,7 @@ def build(size: str, job: Job, options: argparse.Namespace, depth: int | None = 
     torch.manual_seed(0)
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # here: a graph takes its memory when it is recorded
-    built = model_options(size, kind, backend, job[1])
+    built = model_options(size, kind, backend, job[1], options.vocab)
     with options.device:  # where its weights are drawn, too
         model = Transformer(**built["model"] | ({"depth": depth} if depth else {}))
     compile = COMPILE[how[0]] if how else False
