@@ -134,7 +134,7 @@ def test_a_sum_over_many_tokens_rounds_no_more_than_one_over_few():
     k, lse = torch.zeros(1, 2, 1, D, device=DEVICE), torch.zeros(1, T, 1, device=DEVICE)
     dk, indices = torch.empty_like(k), torch.zeros_like(dsum, dtype=torch.int32)
     importance_dk_kernel[(1,)](
-        q, k, lse, None, None, indices, dsum, dk, T, 2, 1.0,
+        q, k, lse, None, None, None, indices, dsum, dk, T, 2, 1.0,
         H=1, G=1, J=1, D=D, N=1, SIZE=4, STRIDE=4, LENGTH=8, MEMORY=0, CAUSAL=False, LOGITS=True,
         PADDED_D=D, TOKENS=16, KEYS=16, PRECISION="ieee", num_warps=4,
     )  # fmt: skip

@@ -16,6 +16,7 @@ import triton.language as tl
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import LOG2E, load_lse2, load_rows, store_rows
 from nsa.kernels.tile_order.visible import (
+    document_end,
     document_start,
     key_range,
     leap,
@@ -124,7 +125,7 @@ def add_exactly(total, lost, x):
 
 @jit
 def importance_dk_kernel(
-    q_ptr, k_ptr, lse_ptr, norm_ptr, mean_ptr, starts_ptr, ends_ptr, indices_ptr, dsum_ptr, dk_ptr,
+    q_ptr, k_ptr, lse_ptr, norm_ptr, mean_ptr, ends_ptr, indices_ptr, dsum_ptr, dk_ptr,
     T, num_keys, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
@@ -144,18 +145,19 @@ def importance_dk_kernel(
     offs_s = s0 + tl.arange(0, KEYS)
     key_rows = (b * num_keys + offs_s) * G + g
     k = load_rows(k_ptr, key_rows, offs_s < num_keys, D, PADDED_D)  # [KEYS, PADDED_D]
-    s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
-    t_lo, t_hi = seeing_tokens(
-        s0, s_hi, T, ends_ptr, b, "prefix", CAUSAL, SIZE, STRIDE, MEMORY
-    )  # fmt: skip
+    t_lo, t_hi = seeing_tokens(s0, s0, T, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
+    until = document_end(ends_ptr, b, offs_s, offs_s < num_keys, T, "prefix", STRIDE, MEMORY)
+    if ends_ptr is not None:
+        t_hi = tl.minimum(t_hi, tl.max(tl.where(offs_s < num_keys, until, 0), 0))
     dk = tl.zeros([KEYS, PADDED_D], tl.float32)
     lost = tl.zeros([KEYS, PADDED_D], tl.float32)
     for t0 in range(t_lo, t_hi, TOKENS):
         t = t0 + tl.arange(0, TOKENS)
         live = t < T
-        start = document_start(starts_ptr, b, t, T)
-        first, end = seen_keys(t, start, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
-        seen = sees(offs_s[None, :], first[:, None], end[:, None], MEMORY) & live[:, None]
+        _first, end = seen_keys(t, t * 0, num_keys, "prefix", CAUSAL, SIZE, STRIDE, MEMORY)
+        seen = (offs_s[None, :] < end[:, None]) & live[:, None]
+        if ends_ptr is not None:
+            seen = seen & (t[:, None] < until[None, :])
         for jj in range(J // G):
             j = g * (J // G) + jj
             slots = ((b * T + t) * J + j) * N

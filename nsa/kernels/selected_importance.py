@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsa.blocks import Starts
 from nsa.config import NSAConfig
-from nsa.documents import Extents, extents_of
+from nsa.documents import document_ends
 from nsa.kernels.compressed import with_memory
 from nsa.kernels.importance_gradients import (
     importance_dk_kernel,
@@ -194,7 +194,8 @@ def selected_importance_backward_op(
         else:
             dq, *sums = query_gradient(q, keys, lse, starts, indices, dvalue, sizes)
             dsum = dvalue
-        return dq, key_gradient(q, keys, lse, extents_of(starts), indices, dsum, sizes, *sums)
+        ends = None if starts is None else document_ends(starts)
+        return dq, key_gradient(q, keys, lse, ends, indices, dsum, sizes, *sums)
 
 
 def query_gradient(
@@ -223,7 +224,7 @@ def key_gradient(
     q: Tensor,
     keys: Tensor,
     lse: Tensor,
-    documents: Extents,
+    ends: Tensor | None,
     indices: Tensor,
     dsum: Tensor,
     sizes: Sizes,
@@ -234,7 +235,7 @@ def key_gradient(
     T, (B, K, G, D), tile = q.shape[1], keys.shape, tile_keys(q)
     dk = torch.empty_like(keys)
     importance_dk_kernel[(cdiv(K, tile) * B * G,)](
-        q, keys, lse, norm, mean, *documents, indices, dsum, dk, T, K, D**-0.5,
+        q, keys, lse, norm, mean, ends, indices, dsum, dk, T, K, D**-0.5,
         **constants_of(q, keys, indices, sizes), LOGITS=sizes.logits,
         TOKENS=tile, KEYS=tile, num_warps=4,
     )  # fmt: skip

@@ -29,6 +29,7 @@ from nsa.kernels.primitives import (
     store_rows,
 )
 from nsa.kernels.tile_order.visible import (
+    document_end,
     document_start,
     has_bit,
     key_range,
@@ -182,8 +183,7 @@ def shared_start(i_lo, i_hi, ROWS: tl.constexpr):
 
 @jit(do_not_specialize=["num_words", "batch", "splits"])
 def attend_dkv_kernel(
-    q_tiles, k_ptr, v_ptr, words_ptr, starts_ptr, ends_ptr,
-    dout_tiles, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_tiles, k_ptr, v_ptr, words_ptr, ends_ptr, dout_tiles, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     T, num_keys, num_words, batch, splits, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -212,7 +212,11 @@ def attend_dkv_kernel(
     k = load_rows(k_ptr, key_rows, live_s, D, PADDED_D)  # [KEYS, PADDED_D]
     v = load_rows(v_ptr, key_rows, live_s, DV, PADDED_DV)  # [KEYS, PADDED_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
-    t_lo, t_hi = seeing_tokens(s0, s_hi, T, ends_ptr, b, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    t_lo, t_hi = seeing_tokens(s0, s_hi, T, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+    until = document_end(ends_ptr, b, offs_s, live_s, T, MASK, STRIDE, MEMORY)
+    if ends_ptr is not None:
+        t_hi = tl.minimum(t_hi, tl.max(tl.where(live_s, until, 0), 0))
+    first_end = tl.min(until, 0)
     # A run is whole tiles. A row behind i_hi is either behind T, and then 0, or sees none of these
     # keys, and then masked: loaded by descriptor it has its own values.
     run = tl.cdiv(tl.cdiv(T, splits), ROWS) * ROWS
@@ -238,13 +242,16 @@ def attend_dkv_kernel(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[None, :])  # [KEYS, ROWS]
         last_t = (i0 + ROWS - 1) // R
-        start = document_start(starts_ptr, b, last_t, T)
-        _, full_hi = seen_keys(t0, start, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-        full_lo, _ = seen_keys(last_t, start, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-        if (s0 < full_lo) | (s0 + KEYS > full_hi):
-            starts = document_start(starts_ptr, b, t, T)
-            first, end = seen_keys(t, starts, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
-            seen = sees(offs_s[:, None], first[None, :], end[None, :], MEMORY)
+        _, full_hi = seen_keys(t0, t0 * 0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+        full_lo, _ = seen_keys(last_t, t0 * 0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+        at_edge = (s0 < full_lo) | (s0 + KEYS > full_hi)
+        if ends_ptr is not None:
+            at_edge = at_edge | (last_t >= first_end)
+        if at_edge:
+            first, end = seen_keys(t, t * 0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
+            seen = (offs_s[:, None] >= first[None, :]) & (offs_s[:, None] < end[None, :])
+            if ends_ptr is not None:
+                seen = seen & (t[None, :] < until[:, None])
             p = tl.where(seen, p, 0.0)
         if MASK == "bits":
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)

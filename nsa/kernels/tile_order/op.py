@@ -197,7 +197,7 @@ def key_gradients(
         dk, dv = (partial_like(x, splits, J) for x in (k, v))
         described, q_tiles, dout_tiles = streamed(q, tile.rows, H // J, q, dout)
         attend_dkv_kernel[(programs * splits,)](
-            q_tiles, k, v, words, *documents, dout_tiles, lse, delta, dk, dv,
+            q_tiles, k, v, words, documents.ends, dout_tiles, lse, delta, dk, dv,
             T, S, num_words(words), B, splits, D**-0.5, **constants,
             ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,

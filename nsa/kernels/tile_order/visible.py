@@ -81,11 +81,14 @@ def leap(s0, distance, MEMORY: tl.constexpr, KEYS: tl.constexpr, DOCUMENTS: tl.c
 
 @jit
 def seeing_tokens(
-    s_lo, s_hi, T, ends_ptr, b,
+    s_lo, s_hi, T,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """The interval [first, end) of tokens of sequence b that may see any of keys s_lo ... s_hi."""
+    """The interval [first, end) of tokens that may see any of the keys s_lo ... s_hi.
+
+    Of a document's key they end with the document: `document_end`.
+    """
     first = s_lo * 0
     end = s_lo * 0 + T
     if MASK == "band":
@@ -97,12 +100,22 @@ def seeing_tokens(
             first = tl.where(s_lo < MEMORY, 0, ended)
     elif MASK == "band":
         first = tl.maximum(s_lo - SPAN + 1, 0)
-    if ends_ptr is not None:
-        token = s_hi
-        if MASK == "prefix":
-            token = (s_hi - MEMORY) * STRIDE
-        end = tl.minimum(end, tl.load(ends_ptr + b * T + token, mask=s_lo >= MEMORY, other=T))
     return first, end
+
+
+@jit
+def document_end(
+    ends_ptr, b, offs_s, live_s, T,
+    MASK: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
+):  # fmt: skip
+    """The end of the document in which each key begins; T of memory keys, and where not live."""
+    if ends_ptr is None:
+        return offs_s * 0 + T
+    else:
+        token = offs_s
+        if MASK == "prefix":
+            token = (offs_s - MEMORY) * STRIDE
+        return tl.load(ends_ptr + b * T + token, mask=live_s & (offs_s >= MEMORY), other=T)
 
 
 @jit
