@@ -168,7 +168,8 @@ def passkey_windows(length: int, depth: float, count: int) -> list[Window]:
     task = RecallDataModule(
         name="passkey", task="passkey", seq_len=length, needle_depth=depth, micro_batch_size=1,
         vocab_size=256, num_facts=1, num_questions=1, facts_per_cluster=1, min_distance=0,
-        block_size=16, offset=None, grow_samples=0, val_sequences=1, test_sequences=count,
+        block_size=16, offset=None, grow_samples=0, grow_from=1, val_sequences=1,
+        test_sequences=count,
     )  # fmt: skip
     task.prepare_data()
     task.setup()

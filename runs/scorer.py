@@ -71,7 +71,7 @@ class Scorer:
                     self.model, each["tokens"], each.get("scored"),
                     counts_correct=True, cross_entropy=self.cross_entropy,
                 )  # fmt: skip
-            totals += torch.stack([part.double().cpu() for part in sums if part is not None])
+            totals += torch.stack([part.double().cpu() for part in sums[:3] if part is not None])
         nats, labels, correct = totals.tolist()
         per_token = self.corpus.bytes_per_token(self.options.split)
         return self.metric.of(nats / labels, correct / labels, per_token)

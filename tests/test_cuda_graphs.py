@@ -4,6 +4,8 @@ A CPU shows what the module does for the sake of graphs, a GPU that it is enough
 """
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,6 @@ from test_train import (
     fitted,
     make_module,
     make_trainer,
-    run_python,
     weights,
 )
 from tiny_run import OF_LIGHTNING
@@ -316,5 +317,6 @@ def test_graphs_learn_what_compiled_blocks_learn(tmp_path: Path) -> None:
     """In a process of its own: the shape checks of the test run are not for a compiler."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     code = f"import sys; sys.path[:0] = {paths.split(os.pathsep)!r}\n{ON_A_GPU}"
-    done = run_python("-c", code, str(tmp_path), cwd=tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
