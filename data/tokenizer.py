@@ -24,7 +24,7 @@ Bytes = NDArray[np.uint8]
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
-TRAINING_CHARACTERS = 1 << 26
+TRAINING_CHARACTERS = 1 << 25  # a tokenizer learns from; its words are held in memory
 
 
 class ByteTokenizer:
@@ -156,7 +156,9 @@ class TokenizerChoice:
     def source(self) -> dict[str, Any]:
         """What the ids depend on."""
         source = asdict(self) | {"files": stamp(local_files([self.name]))}
-        if self.name != "train":
+        if self.name == "train":
+            source["characters"] = TRAINING_CHARACTERS
+        else:
             del source["vocab_size"]  # it does not change the ids
         return source
 
