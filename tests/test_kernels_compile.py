@@ -70,8 +70,10 @@ def test_ops_are_what_pytorch_takes_them_for():
     """Nothing mutated, true fake shapes, gradients that can be traced."""
     q, k, v = (x.contiguous() for x in inputs()[:3])
     angles, new = torch.randn(12, 8, device=DEVICE), partial(torch.randn, device=DEVICE)
+    starts = torch.tensor([[0] * 8 + [8] * 4], dtype=torch.int32, device=DEVICE)
     for op, arguments in (
         (torch.ops.nsa.attend_tiles, (q, k, v, None, None, "band", True, 8, 1, 0)),
+        (torch.ops.nsa.attend_tiles, (q, k, v, None, starts, "band", True, 8, 1, 0)),
         (torch.ops.nsa.rotate, (q, angles, False)),
         (torch.ops.nsa.block_means, (k, 6, 4)),
         (torch.ops.nsa.attention_pool, (k, new(16, 16), new(6, 16), new(1, 6, 16), 4)),

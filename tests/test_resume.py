@@ -262,9 +262,12 @@ def test_a_resumed_run_keeps_its_order_of_samples() -> None:
     settings = {"model": {"dim": 8}, "optimizer": {"lr": 0.1}}
     order = {"seed": 0, "seq_len": 8, "sequences_per_step": 32}
     checkpoint = {"hyper_parameters": settings, "Corpus": {"sample_order": order}}
-    check_same_run(checkpoint, settings, order)
+    now = order | {"pack": "stream", "document_alignment": 1}  # which older checkpoints do not say
+    check_same_run(checkpoint, settings, now)
     with pytest.raises(ValueError, match="sequences_per_step=16, the checkpoint has 32"):
-        check_same_run(checkpoint, settings, order | {"sequences_per_step": 16})
+        check_same_run(checkpoint, settings, now | {"sequences_per_step": 16})
+    with pytest.raises(ValueError, match="pack=documents, the checkpoint has stream"):
+        check_same_run(checkpoint, settings, now | {"pack": "documents"})
 
 
 def test_an_option_that_a_checkpoint_lacks_was_at_its_default() -> None:
