@@ -137,6 +137,8 @@ class DatasetChoice:
         """A part of the column of text; `first` is the number of its first row."""
         if chunk.null_count == len(chunk):
             return pa.array([], pa.string())
+        if pa.types.is_dictionary(chunk.type) and chunk.type.value_type in OFFSETS:
+            return chunk.dictionary_decode()
         if chunk.type not in OFFSETS:
             refuse_rows(self.text_column, chunk, first)
         return chunk

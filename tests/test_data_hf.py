@@ -412,3 +412,9 @@ def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
     assert pa.concat_tables(tables)["text"].combine_chunks() == texts
     assert max(table.nbytes for table in tables) < 2 * PORTION
     assert next(parquet_tables(["corpus.parquet"], "body")).column_names == ["text", "i"]
+
+
+def test_parquet_columns_of_categories_are_text(tmp_path: Path) -> None:
+    texts = pa.array(DOCUMENTS).dictionary_encode()
+    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
+    assert everything(hf(name="parquet", data_files="corpus.parquet")) == sorted(DOCUMENTS)
