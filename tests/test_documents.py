@@ -227,6 +227,8 @@ def test_starts_that_are_none_are_refused(starts: Tensor, message: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 def test_a_graph_replays_other_documents_and_nothing_waits_for_the_gpu() -> None:
     """Forward and backward, recorded once: as they are without a graph."""
     sizes = SIZES | dict(dim=64, dim_head=64, heads=4, compress_mlp=MeanPool(), backend="triton")

@@ -148,6 +148,7 @@ def test_large_vocabularies_are_chunked_by_themselves() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 def test_a_gpu_computes_it_in_little_memory() -> None:
     """Also replayed as a CUDA graph; gradients of hidden states in bfloat16 count as the loss's."""
     from benchmarks.probes import loss
