@@ -72,13 +72,14 @@ class AttentionStatistics(EveryNSteps):
         told: dict[str, Tensor],
     ) -> None:
         assert isinstance(layer, SparseAttention)
-        found = layer.branches(inputs[0], **told)
+        starts = told.get("document_starts")
+        found = layer.branches(inputs[0], document_starts=starts)
         self._gates[index] = found.gates.float().mean(dim=(0, 1, 2)).tolist()
         for branch, gate in zip(BRANCHES, self._gates[index], strict=True):
             metrics[f"attn/layer_{index}/gate_{branch}"] = gate
         selected = found.block_indices >= 0
         if selected.any():
-            free = is_free(found.block_indices, layer.cfg, **told)
+            free = is_free(found.block_indices, layer.cfg, starts)
             share = free.sum() / selected.sum()
             metrics[f"attn/layer_{index}/free_selected_share"] = share.item()
 

@@ -94,8 +94,9 @@ def write_files(
     """Each file, packed or plain, as a document of its split; `watch` is shown every block."""
     for file, split in tqdm(splits.items(), desc="tokenize", unit=" files", delay=1):
         blocks = list(unpacked(file))
-        for block in blocks if watch else ():
-            watch(file, block)
+        if watch:
+            for block in blocks:
+                watch(file, block)
         if any(blocks):
             write_document(writer, tokenizer, split, np.frombuffer(b"".join(blocks), np.uint8))
 

@@ -7,7 +7,7 @@ forget reads as NaN), and give the same bits in a second run.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,7 +144,9 @@ def judge_selection(
     Two blocks may score the same within rounding, so what counts is the score that is lost.
     q, k_cmp and lse are float64.
     """
-    told = {} if document_starts is None else {"document_starts": document_starts}
+    told: dict[str, Any] = {}  # a `select` that knows no documents is told of none
+    if document_starts is not None:
+        told["document_starts"] = document_starts
     importance = reference.block_importance(q, k_cmp, lse, cfg, shared, **told)
     want = reference.top_blocks(importance, cfg, **told)
     inputs = (q.to(dtype), k_cmp.to(dtype), lse.to(torch.promote_types(dtype, torch.float32)))
