@@ -4,12 +4,10 @@ An empty cache is filled by the layer's own forward pass over the whole prompt; 
 many, attend to the cache. Both give what one forward pass over all tokens would, without gradients.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,10 +19,6 @@ from nsa.config import NSAConfig
 from nsa.heads import Branches, Heads
 from nsa.rotary import Rotary, rotate
 from nsa.selection import control_blocks
-
-# Queries, keys and values of a layer's new tokens, which stand where a function of their number
-# says; None: at 0, 1, …
-Project = Callable[[Callable[[int], Tensor] | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def make_room(cache: LayerCache, num_new: int, *, causal: bool) -> None:
@@ -268,59 +262,3 @@ def compress_whole_blocks(attn: Any, cache: LayerCache, heads: Heads) -> None:
         compressed.append(rearrange(network(tokens), "(B c) 1 G D -> B c G D", c=most))
     last = cache["compressed"].k.shape[1] - 1
     cache.write("compressed", compressed, c.clamp(max=last))
-
-
-@torch.no_grad()
-def window_attention(
-    project: Project,
-    cache: LayerCache,
-    cfg: NSAConfig,
-    counts: Int[Tensor, " B"] | None = None,
-    *,
-    backend: str,
-) -> Float[Tensor, "B n H D"]:
-    """Sliding-window attention of tokens after those of the cache, which takes them in."""
-    if not cache.longest:
-        q, k, v = project(None)
-        out = ops.sliding_window_attention(q, k, v, cfg, backend=backend)
-    else:
-        q, k, v = project(cache.positions)
-        out = attend_to_window(q, k, v, cache, cfg)
-    num_new = q.shape[1]
-    cache.push("window", (k, v), cache.lengths + (num_new if counts is None else counts))
-    cache.advance(num_new, counts)
-    return out
-
-
-@torch.no_grad()
-def dense_attention(
-    project: Project, cache: LayerCache, counts: Int[Tensor, " B"] | None = None
-) -> Float[Tensor, "B n H D"]:
-    """Dense attention of tokens after those of the cache, which takes them in."""
-    is_first = not cache.longest
-    q, k, v = project(None if is_first else cache.positions)
-    positions = cache.positions(q.shape[1])
-    cache.write("dense", (k, v), positions)
-    cache.advance(q.shape[1], counts)
-    if is_first:
-        return scaled_dot_product(q, k, v, causal=True)
-    k, v = (x[:, : cache.longest] for x in cache["dense"])
-    mask = blocks.causal(k.shape[1], k.device, positions)[:, None]
-    return scaled_dot_product(q, k, v, mask=mask)
-
-
-def scaled_dot_product(
-    q: Float[Tensor, "B T H D"],
-    k: Float[Tensor, "B K G D"],
-    v: Float[Tensor, "B K G D"],
-    *,
-    causal: bool = False,
-    mask: Tensor | None = None,
-) -> Float[Tensor, "B T H D"]:
-    """PyTorch's attention on our layout."""
-    grouped = k.shape[2] < q.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-    )
-    return out.transpose(1, 2)

@@ -1,14 +1,14 @@
-"""Dense attention within documents that share a row, without a mask of T x T numbers.
+"""Dense attention: PyTorch's, and within documents that share a row, without T x T numbers.
 
-On a GPU FlexAttention skips the tiles that hold no key of a query's document. On a CPU, where it
-has no backward pass, PyTorch's attention takes a run of queries at a time.
+Documents: on a GPU FlexAttention skips the tiles that hold no key of a query's document. On a CPU,
+where it has no backward pass, PyTorch's attention takes a run of queries at a time.
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nsa.decoding import scaled_dot_product
 from nsa.flex import attend, create_document_mask
 
 QUERIES = 256  # of a run
@@ -39,3 +39,20 @@ def _attend_run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, t0: int) -> Ten
     t = torch.arange(t0, end, device=q.device)[:, None]
     seen = (s <= t) & (s >= starts[..., None])
     return scaled_dot_product(q, k[:, :end], v[:, :end], mask=seen[:, None])
+
+
+def scaled_dot_product(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B K G D"],
+    v: Float[Tensor, "B K G D"],
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> Float[Tensor, "B T H D"]:
+    """PyTorch's attention on our layout."""
+    grouped = k.shape[2] < q.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)

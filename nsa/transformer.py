@@ -3,8 +3,7 @@
 Letters: B batch, T tokens, M model width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from inspect import signature
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice, repeat
 from math import lcm
 from typing import Any, cast
@@ -14,62 +13,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nsa import cost
-from nsa.attention import Attention, SparseAttention, WindowAttention
 from nsa.cache import ModelCache
-from nsa.compress_networks import build_compress_network
 from nsa.documents import check_no_cache
 from nsa.layer import AttentionLayer
-from nsa.plugins import Spec, ask, find, label
+from nsa.layer_kinds import ATTENTION_OPTIONS, LAYER_KINDS, build_layer
+from nsa.plugins import Spec
 from nsa.sampling import Draw, Prompts, stream
 from nsa.transformer_block import Block, FeedForward
-
-
-def sparse_attention(
-    dim: int,
-    dim_head: int,
-    heads: int,
-    kv_heads: int,
-    attention: Mapping[str, Any],
-    layer: int,
-) -> SparseAttention:
-    """An NSA layer from `Transformer`'s argument `attention`, which names its φ."""
-    phi = build_compress_network(
-        attention["compress_network"],
-        dim_head=dim_head,
-        kv_heads=kv_heads,
-        compress_block_size=attention["compress_block_size"],
-        expand_factor=attention["compress_mlp_expand_factor"],
-    )
-    options: dict[str, Any] = {"selection_seed": layer} | dict(attention)
-    del options["compress_network"]
-    return SparseAttention(dim, dim_head, heads, kv_heads=kv_heads, compress_mlp=phi, **options)
-
-
-LAYER_KINDS: dict[str, Callable[..., AttentionLayer]] = {
-    "nsa": sparse_attention,
-    "window": WindowAttention,
-    "dense": Attention,
-}
-ATTENTION_OPTIONS = {"compress_network", *signature(SparseAttention).parameters}
-
-
-def build_layer(kind: Spec, **known: Any) -> AttentionLayer:
-    """The attention of one layer: one of `LAYER_KINDS`, or one's own (`nsa.plugins`, `nsa.layer`).
-
-    Its constructor is given those that it has parameters for: `dim`, `dim_head`, `heads`,
-    `kv_heads`, `output_gate`, `layer` (its number), the options of `attention` by their names, and
-    `attention` itself.
-
-    Raises:
-        ValueError: if there is no such kind, or if it is not an `AttentionLayer`.
-    """
-    layer = ask(find("layer_pattern", kind, LAYER_KINDS), **known)
-    if not isinstance(layer, AttentionLayer):
-        raise ValueError(
-            f"layer_pattern: {label(type(layer))} is not a layer kind: derive it from "
-            "nsa.layer.AttentionLayer, which says what a layer must have"
-        )
-    return layer
 
 
 class Transformer(nn.Module):
@@ -117,25 +67,12 @@ class Transformer(nn.Module):
         embedding_std: float = 0.02,
     ) -> None:
         super().__init__()
-        if not layer_pattern or isinstance(layer_pattern, str):
-            raise ValueError(
-                f"layer_pattern={layer_pattern} must be a non-empty list of "
-                f"{', '.join(LAYER_KINDS)}"
-            )
-        unknown = sorted(set(attention) - ATTENTION_OPTIONS)
-        if unknown:
-            raise ValueError(
-                f"attention has unknown options: {', '.join(unknown)}; SparseAttention's are "
-                f"{', '.join(sorted(ATTENTION_OPTIONS))}"
-            )
-        sizes = dict(vocab_size=vocab_size, dim=dim, depth=depth, heads=heads, dim_head=dim_head)
-        for name, size in (sizes | dict(seq_len=seq_len)).items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
-        positive = dict(feed_forward_expand=feed_forward_expand, embedding_std=embedding_std)
-        for name, number in positive.items():
-            if number <= 0:
-                raise ValueError(f"{name}={number} must be above 0")
+        check_layers(layer_pattern, attention)
+        check_sizes(
+            vocab_size=vocab_size, dim=dim, depth=depth, heads=heads, dim_head=dim_head,
+            seq_len=seq_len,
+        )  # fmt: skip
+        check_above_zero(feed_forward_expand=feed_forward_expand, embedding_std=embedding_std)
         self.seq_len = seq_len
 
         known = dict(dim=dim, dim_head=dim_head, heads=heads, output_gate=dense_output_gate)
@@ -311,3 +248,30 @@ class Transformer(nn.Module):
             )  # fmt: skip
         finally:
             self.train(was_training)
+
+
+def check_layers(layer_pattern: Sequence[Spec], attention: Mapping[str, Any]) -> None:
+    """Raises ValueError for a pattern of no layers, and for an option that NSA does not have."""
+    if not layer_pattern or isinstance(layer_pattern, str):
+        raise ValueError(
+            f"layer_pattern={layer_pattern} must be a non-empty list of {', '.join(LAYER_KINDS)}"
+        )
+    if unknown := sorted(set(attention) - ATTENTION_OPTIONS):
+        raise ValueError(
+            f"attention has unknown options: {', '.join(unknown)}; SparseAttention's are "
+            f"{', '.join(sorted(ATTENTION_OPTIONS))}"
+        )
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError for a size below 1, by its name."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+
+
+def check_above_zero(**numbers: float) -> None:
+    """Raises ValueError for a number that is not above 0, by its name."""
+    for name, number in numbers.items():
+        if number <= 0:
+            raise ValueError(f"{name}={number} must be above 0")

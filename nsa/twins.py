@@ -9,15 +9,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nsa import blocks, decoding, ops
+from nsa import blocks, ops
 from nsa.backends import resolve_backend
 from nsa.blocks import Starts
 from nsa.cache import LayerCache, dense_cache, window_cache
 from nsa.config import NSAConfig
-from nsa.dense import attend_within_documents
+from nsa.decoding import make_room
+from nsa.dense import attend_within_documents, scaled_dot_product
 from nsa.gates import zero_linear
 from nsa.layer import ProjectingLayer, check_heads, check_tokens, like_keys
 from nsa.rotary import Rotary, find_scaling, rotate
+from nsa.twin_decoding import Project, dense_attention, window_attention
 
 
 class Twin(ProjectingLayer):
@@ -62,7 +64,7 @@ class Twin(ProjectingLayer):
             qkv = project(document_starts=document_starts)
             return self._output(tokens, self._attend(*qkv, document_starts))
         cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
-        decoding.make_room(cache, tokens.shape[1], causal=self.causal)
+        make_room(cache, tokens.shape[1], causal=self.causal)
         out = self._output(tokens, self._attend_cached(project, cache, counts))
         return (out, cache) if return_cache else out
 
@@ -74,7 +76,7 @@ class Twin(ProjectingLayer):
 
     @abstractmethod
     def _attend_cached(
-        self, project: decoding.Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
+        self, project: Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
     ) -> Float[Tensor, "B T H D"]:
         """Attention of new tokens, which `project` gives at their positions, and of the cache."""
 
@@ -141,12 +143,12 @@ class Attention(Twin):
     ) -> Float[Tensor, "B T H D"]:
         if document_starts is not None:
             return attend_within_documents(q, k, v, document_starts)
-        return decoding.scaled_dot_product(q, k, v, causal=self.causal)
+        return scaled_dot_product(q, k, v, causal=self.causal)
 
     def _attend_cached(
-        self, project: decoding.Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
+        self, project: Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
     ) -> Float[Tensor, "B T H D"]:
-        return decoding.dense_attention(project, cache, counts)
+        return dense_attention(project, cache, counts)
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """See `SparseAttention.empty_cache`."""
@@ -203,9 +205,9 @@ class WindowAttention(Twin):
         )
 
     def _attend_cached(
-        self, project: decoding.Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
+        self, project: Project, cache: LayerCache, counts: Int[Tensor, " B"] | None
     ) -> Float[Tensor, "B T H D"]:
-        return decoding.window_attention(project, cache, self.cfg, counts, backend=self.backend)
+        return window_attention(project, cache, self.cfg, counts, backend=self.backend)
 
     def empty_cache(self, batch: int, capacity: int) -> LayerCache:
         """See `SparseAttention.empty_cache`."""
