@@ -16,7 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
-from benchmarks.decode import BARS, CFG, DEVICE, DTYPE, D, G, H, Step, captured, small_model
+from benchmarks.decode import captured, small_model
+from benchmarks.decode_steps import BARS, CFG, DEVICE, DTYPE, D, G, H, Step
 from nsa.kernels import decode
 from nsa.step_graph import StepGraph
 
