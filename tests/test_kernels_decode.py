@@ -95,7 +95,7 @@ def test_one_token_a_sequence(name: str) -> None:
 
 def test_several_tokens_a_sequence_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the keys of a query are cut into parts, some of them empty."""
-    monkeypatch.setattr("nsa.kernels.decode.num_parts", lambda programs, tiles, device: 3)
+    monkeypatch.setattr("nsa.kernels.decode.num_splits", lambda programs, tiles, device: 3)
     made = case(*CASES["R2"], tokens=300, n=3, lengths=(9, 120, 300))
     want, blocks_wanted = oracle(*made[1:7], made[7], made[0], *made[8:])
     out, indices = run(torch.float32, *made)

@@ -22,7 +22,15 @@ from nsa.kernels import decode
 from nsa.step_graph import StepGraph
 
 CALLS = 20
-CUTS = [(decode.MOST_PARTS, decode.RESIDENT), (16, 2), (32, 2), (64, 1), (64, 3), (64, 4), (128, 4)]
+CUTS = [
+    (decode.MOST_SPLITS, decode.RESIDENT),
+    (16, 2),
+    (32, 2),
+    (64, 1),
+    (64, 3),
+    (64, 4),
+    (128, 4),
+]
 SHOWN_NAME = 56
 
 
@@ -127,11 +135,11 @@ def measure_attention(context: int, batch: int) -> None:
 def measure_cuts(context: int, batch: int) -> None:
     """The same step with its keys cut into fewer and more parts."""
     for most, resident in CUTS:
-        decode.MOST_PARTS, decode.RESIDENT = most, resident
+        decode.MOST_SPLITS, decode.RESIDENT = most, resident
         step = Step(context, batch)
         time = replay_microseconds(captured(step))
         print(f"  at most {most:3d} parts, {resident} programs a multiprocessor: {time:.1f} us")
-    decode.MOST_PARTS, decode.RESIDENT = CUTS[0]
+    decode.MOST_SPLITS, decode.RESIDENT = CUTS[0]
 
 
 @torch.no_grad()

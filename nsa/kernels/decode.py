@@ -1,11 +1,11 @@
 """Decoding: one query of a sequence against its cache, split over many programs.
 
-A query has no rows to fill a GPU, so its keys are cut into parts. Four launches a step:
+A query has no rows to fill a GPU, so its keys are cut into splits. Four launches a step:
 
-    attend_compressed_kernel  a part of the compressed keys: scores, and softmax so far (eq. 7)
+    attend_compressed_kernel  a split of the compressed keys: scores, and softmax so far (eq. 7)
     rank_blocks_kernel        some selection blocks: eq. 8-10 from the scores
-    attend_tokens_kernel      the n best blocks (eq. 11), and a part of them or of the window
-    merge_kernel              the parts of every branch, and the gated sum (eq. 5)
+    attend_tokens_kernel      the n best blocks (eq. 11), and a split of them or of the window
+    merge_kernel              the splits of every branch, and the gated sum (eq. 5)
 
 The grid follows from the cache's size, what is read from the sequence's length, which is in device
 memory: the host never waits.
@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nsa.config import NSAConfig
-from nsa.kernels.decode_parts import attend_compressed_kernel, attend_tokens_kernel, merge_kernel
 from nsa.kernels.decode_select import rank_blocks_kernel
+from nsa.kernels.decode_splits import attend_compressed_kernel, attend_tokens_kernel, merge_kernel
 from nsa.kernels.primitives import (
     cdiv,
     num_multiprocessors,
@@ -34,17 +34,17 @@ from nsa.kernels.primitives import (
 )
 
 KEYS = 64  # of a tile
-MOST_PARTS = 64  # of a branch
+MOST_SPLITS = 64  # of a branch
 RESIDENT = 2  # programs that a multiprocessor runs side by side, each with tiles under way
 SCORES = 4096  # that a program of rank_blocks_kernel holds at once, about
 
 
-class Parts(NamedTuple):
-    """The softmax so far of every part, by query; parts of one branch are neighbours."""
+class Splits(NamedTuple):
+    """The softmax so far of every split, by query; splits of one branch are neighbours."""
 
-    acc: Float[Tensor, "queries parts H D"]
-    m: Float[Tensor, "queries parts H"]
-    norm: Float[Tensor, "queries parts H"]
+    acc: Float[Tensor, "queries splits H D"]
+    m: Float[Tensor, "queries splits H"]
+    norm: Float[Tensor, "queries splits H"]
 
 
 class Sizes(NamedTuple):
@@ -56,12 +56,12 @@ class Sizes(NamedTuple):
     G: int
     J: int
     D: int
-    compressed: int  # parts of each branch
+    compressed: int  # splits of each branch
     selected: int
     window: int
 
     @property
-    def parts(self) -> int:
+    def splits(self) -> int:
         return self.compressed + self.selected + self.window
 
     @property
@@ -71,13 +71,13 @@ class Sizes(NamedTuple):
         )
 
 
-def num_parts(programs: int, tiles: int, device: torch.device) -> int:
-    """Into how many parts to cut the keys of a query, where `programs` would run uncut.
+def num_splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Into how many splits to cut the keys of a query, where `programs` would run uncut.
 
     No more than run at once: a few programs that come after the others would double the time.
     """
     wanted = RESIDENT * num_multiprocessors(device) // programs
-    return max(1, min(wanted, tiles, MOST_PARTS))
+    return max(1, min(wanted, tiles, MOST_SPLITS))
 
 
 def cut(q: Tensor, C: int, G: int, cfg: NSAConfig, *, shared: bool) -> Sizes:
@@ -86,32 +86,32 @@ def cut(q: Tensor, C: int, G: int, cfg: NSAConfig, *, shared: bool) -> Sizes:
     J, N, pieces = G if shared else H, cfg.num_selected_blocks, cdiv(cfg.selection_block_size, KEYS)
     return Sizes(
         B * n, n, H, G, J, D,
-        compressed=num_parts(B * n * G, cdiv(C, KEYS), q.device),
-        selected=num_parts(B * n * J, N * pieces, q.device) if N else 0,
-        window=num_parts(2 * B * n * J, cdiv(cfg.sliding_window_size, KEYS), q.device),
+        compressed=num_splits(B * n * G, cdiv(C, KEYS), q.device),
+        selected=num_splits(B * n * J, N * pieces, q.device) if N else 0,
+        window=num_splits(2 * B * n * J, cdiv(cfg.sliding_window_size, KEYS), q.device),
     )  # fmt: skip
 
 
 def attend_compressed(
     q: Tensor, kv: tuple[Tensor, Tensor], mem: tuple[Tensor | None, Tensor | None],
-    positions: Tensor, parts: Parts, sizes: Sizes, cfg: NSAConfig,
+    positions: Tensor, splits: Splits, sizes: Sizes, cfg: NSAConfig,
 ) -> Float[Tensor, "queries H C"]:  # fmt: skip
-    """The compressed branch's parts.  Its scores, in base 2."""
+    """The compressed branch's splits.  Its scores, in base 2."""
     C, mem_k, mem_v = kv[0].shape[1], *mem
     memories = 0 if mem_k is None else mem_k.shape[1]
     memory = (q, q) if mem_k is None or mem_v is None else (mem_k.contiguous(), mem_v.contiguous())
     scores = torch.empty(sizes.queries, sizes.H, C, dtype=torch.float32, device=q.device)
     attend_compressed_kernel[(sizes.queries, sizes.G, sizes.compressed)](
-        q, *kv, *memory, positions, scores, *parts, sizes.n, C, sizes.parts, sizes.D**-0.5,
+        q, *kv, *memory, positions, scores, *splits, sizes.n, C, sizes.splits, sizes.D**-0.5,
         **sizes.heads, SIZE=cfg.compress_block_size, STRIDE=cfg.compress_block_sliding_stride,
-        MEMORIES=memories, PADDED_M=padded(memories), PARTS=sizes.compressed,
+        MEMORIES=memories, PADDED_M=padded(memories), SPLITS=sizes.compressed,
         ROWS=padded(sizes.H // sizes.G), num_warps=4, num_stages=3,
     )  # fmt: skip
     return scores
 
 
 def rank_blocks(
-    scores: Tensor, positions: Tensor, parts: Parts, sizes: Sizes, num_tokens: int, cfg: NSAConfig
+    scores: Tensor, positions: Tensor, splits: Splits, sizes: Sizes, num_tokens: int, cfg: NSAConfig
 ) -> Int[Tensor, "queries J S"]:
     """What `best_blocks` takes the highest of, for each selection block of `num_tokens` tokens."""
     S, H, J = cdiv(num_tokens, cfg.selection_block_size), sizes.H, sizes.J
@@ -120,10 +120,10 @@ def rank_blocks(
     rows = power_of_2(H // J)
     width = min(64, max(4, SCORES // (lanes * rows)), power_of_2(S))
     rank_blocks_kernel[(sizes.queries, J, cdiv(S, width))](
-        scores, parts.m, parts.norm, positions, ranks, scores.shape[-1], S, sizes.parts,
+        scores, splits.m, splits.norm, positions, ranks, scores.shape[-1], S, sizes.splits,
         H=H, J=J, SIZE=cfg.compress_block_size, STRIDE=cfg.compress_block_sliding_stride,
         LENGTH=cfg.selection_block_size, INITIAL=cfg.num_initial_blocks, LOCAL=cfg.num_local_blocks,
-        LOGITS=cfg.importance == "logit_mean", PARTS=sizes.compressed,
+        LOGITS=cfg.importance == "logit_mean", SPLITS=sizes.compressed,
         P=power_of_2(sizes.compressed), ROWS=rows, BLOCKS=width, LANES=lanes, num_warps=4,
     )  # fmt: skip
     return ranks
@@ -131,9 +131,9 @@ def rank_blocks(
 
 def attend_tokens(
     q_rot: Tensor, keys: Sequence[Tensor], ranks: Tensor | None,
-    positions: Tensor, parts: Parts, sizes: Sizes, cfg: NSAConfig,
+    positions: Tensor, splits: Splits, sizes: Sizes, cfg: NSAConfig,
 ) -> Int[Tensor, "queries J N"]:  # fmt: skip
-    """The parts of the selected and of the window branch.  The blocks that were selected.
+    """The splits of the selected and of the window branch.  The blocks that were selected.
 
     `keys` are k and v of the selected branch, then of the window.
     """
@@ -141,23 +141,23 @@ def attend_tokens(
     S = 1 if ranks is None else ranks.shape[-1]
     indices = torch.empty(sizes.queries, J, N, dtype=torch.int32, device=q_rot.device)
     attend_tokens_kernel[(sizes.queries, J, sizes.selected + sizes.window)](
-        q_rot, *keys, indices if ranks is None else ranks, indices, positions, *parts,
-        sizes.n, keys[0].shape[1], keys[2].shape[1], S, sizes.compressed, sizes.parts,
+        q_rot, *keys, indices if ranks is None else ranks, indices, positions, *splits,
+        sizes.n, keys[0].shape[1], keys[2].shape[1], S, sizes.compressed, sizes.splits,
         sizes.D**-0.5,
         **sizes.heads, J=J, N=N, PADDED_S=power_of_2(max(S, 16)), KEPT=power_of_2(N),
         LENGTH=cfg.selection_block_size, WINDOW=cfg.sliding_window_size,
-        SELECTED_PARTS=sizes.selected, WINDOW_PARTS=sizes.window,
+        SELECTED_SPLITS=sizes.selected, WINDOW_SPLITS=sizes.window,
         ROWS=padded(sizes.H // J), num_warps=4 if S <= 4096 else 8, num_stages=2,
     )  # fmt: skip
     return indices
 
 
 def merge(
-    parts: Parts, gates: Tensor, out: Tensor, sizes: Sizes, *, compressed_output: bool
+    splits: Splits, gates: Tensor, out: Tensor, sizes: Sizes, *, compressed_output: bool
 ) -> None:
     """The gated sum of the branches into `out`."""
     merge_kernel[(sizes.queries, sizes.H)](
-        *parts, gates, out, H=sizes.H, D=sizes.D, PADDED_D=padded(sizes.D),
+        *splits, gates, out, H=sizes.H, D=sizes.D, PADDED_D=padded(sizes.D),
         A=sizes.compressed, B=sizes.selected, C=sizes.window,
         PADDED_A=power_of_2(sizes.compressed), PADDED_B=power_of_2(sizes.selected),
         PADDED_C=power_of_2(sizes.window), COMPRESSED=compressed_output, num_warps=4,
@@ -187,14 +187,16 @@ def cached_attention(
     q, q_rot, k_cmp, v_cmp, *keys = operands(q, q_rot, *compressed, *selected, *window)
     gates, positions = gates.contiguous(), positions.contiguous()
     sizes = cut(q, k_cmp.shape[1], k_cmp.shape[2], cfg, shared=shared)
-    shape = sizes.queries, sizes.parts, sizes.H
-    parts = Parts(*(q.new_empty(s, dtype=torch.float32) for s in ((*shape, sizes.D), shape, shape)))
+    shape = sizes.queries, sizes.splits, sizes.H
+    splits = Splits(
+        *(q.new_empty(s, dtype=torch.float32) for s in ((*shape, sizes.D), shape, shape))
+    )
     out = torch.empty_like(q)
     with torch.cuda.device_of(q):
-        scores = attend_compressed(q, (k_cmp, v_cmp), (mem_k, mem_v), positions, parts, sizes, cfg)
+        scores = attend_compressed(q, (k_cmp, v_cmp), (mem_k, mem_v), positions, splits, sizes, cfg)
         ranks = None
         if cfg.num_selected_blocks:
-            ranks = rank_blocks(scores, positions, parts, sizes, keys[0].shape[1], cfg)
-        indices = attend_tokens(q_rot, keys, ranks, positions, parts, sizes, cfg)
-        merge(parts, gates, out, sizes, compressed_output=compressed_output)
+            ranks = rank_blocks(scores, positions, splits, sizes, keys[0].shape[1], cfg)
+        indices = attend_tokens(q_rot, keys, ranks, positions, splits, sizes, cfg)
+        merge(splits, gates, out, sizes, compressed_output=compressed_output)
     return out, indices.unflatten(0, q.shape[:2])

@@ -20,13 +20,13 @@ def visible_blocks(t, SIZE: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @jit
-def softmax_of_parts(
-    m_ptr, norm_ptr, first, heads, live, H: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr
+def softmax_of_splits(
+    m_ptr, norm_ptr, first, heads, live, H: tl.constexpr, SPLITS: tl.constexpr, P: tl.constexpr
 ):
-    """Of each head [ROWS] its lse in base 2, from the maximum and the norm of every part."""
+    """Of each head [ROWS] its lse in base 2, from the maximum and the norm of every split."""
     p = tl.arange(0, P)
     at = (first + p)[None, :] * H + heads[:, None]  # [ROWS, P]
-    mask = live[:, None] & (p < PARTS)[None, :]
+    mask = live[:, None] & (p < SPLITS)[None, :]
     m = tl.load(m_ptr + at, mask=mask, other=float("-inf"))
     norm = tl.load(norm_ptr + at, mask=mask, other=0.0)
     top = finite(tl.max(m, 1))
@@ -50,10 +50,10 @@ def spread_scores(
 
 @jit
 def rank_blocks_kernel(
-    scores_ptr, m_ptr, norm_ptr, positions_ptr, ranks_ptr, C, S, num_parts,
+    scores_ptr, m_ptr, norm_ptr, positions_ptr, ranks_ptr, C, S, num_splits,
     H: tl.constexpr, J: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     LENGTH: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, LOGITS: tl.constexpr,
-    PARTS: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    SPLITS: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS selection blocks of one query and index head.
@@ -71,7 +71,7 @@ def rank_blocks_kernel(
     if first <= own:
         r = tl.arange(0, ROWS)
         live, heads = r < R, j * R + r
-        lse2 = softmax_of_parts(m_ptr, norm_ptr, row * num_parts, heads, live, H, PARTS, P)
+        lse2 = softmax_of_splits(m_ptr, norm_ptr, row * num_splits, heads, live, H, SPLITS, P)
         rows = (row * H + heads) * C
         x = tl.arange(0, BLOCKS * LANES)
         i = x % LANES

@@ -1,6 +1,6 @@
-"""Kernels of decoding that attend: each program to a part of a query's keys, then all parts merged.
+"""Kernels of decoding that attend: each program to a split of a query's keys; then the merge.
 
-The R query heads of a key head are the rows of a tile. A part leaves its softmax so far.
+The R query heads of a key head are the rows of a tile. A split leaves its softmax so far.
 """
 
 # pyright: reportCallIssue=false
@@ -13,7 +13,7 @@ from nsa.kernels.primitives import LOG2E, finite, load_rows, softmax_step, store
 
 
 @jit
-def store_part(
+def store_split(
     acc_ptr, m_ptr, norm_ptr, rows, live, m, norm, acc, D: tl.constexpr, PADDED_D: tl.constexpr
 ):
     """Softmax so far: sum of weighted values, maximum in base 2, sum of exponents."""
@@ -39,20 +39,20 @@ def attend_tile(
 @jit
 def attend_compressed_kernel(
     q_ptr, k_ptr, v_ptr, mem_k_ptr, mem_v_ptr, positions_ptr,
-    scores_ptr, acc_ptr, m_ptr, norm_ptr, n, C, num_parts, scale,
+    scores_ptr, acc_ptr, m_ptr, norm_ptr, n, C, num_splits, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, MEMORIES: tl.constexpr, PADDED_M: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of one query's compressed keys, for the heads of one key head."""
+    """One split of one query's compressed keys, for the heads of one key head."""
     R: tl.constexpr = H // G
     row = tl.program_id(0).to(tl.int64)
-    g, part = tl.program_id(1), tl.program_id(2)
+    g, split = tl.program_id(1), tl.program_id(2)
     b = row // n
     t = tl.load(positions_ptr + row).to(tl.int32)
     visible = visible_blocks(t, SIZE, STRIDE)
-    share = tl.cdiv(tl.cdiv(visible, KEYS), PARTS) * KEYS
-    begin = part * share
+    share = tl.cdiv(tl.cdiv(visible, KEYS), SPLITS) * KEYS
+    begin = split * share
     end = tl.minimum(begin + share, visible)
 
     r = tl.arange(0, ROWS)
@@ -65,7 +65,7 @@ def attend_compressed_kernel(
     if MEMORIES > 0:
         i = tl.arange(0, PADDED_M)
         m, norm, acc, _ = attend_tile(
-            q, mem_k_ptr, mem_v_ptr, g * MEMORIES + i, (i < MEMORIES) & (part == 0),
+            q, mem_k_ptr, mem_v_ptr, g * MEMORIES + i, (i < MEMORIES) & (split == 0),
             m, norm, acc, scale, D, PADDED_D, PRECISION,
         )  # fmt: skip
     for start in range(begin, end, KEYS):
@@ -77,29 +77,29 @@ def attend_compressed_kernel(
         )  # fmt: skip
         out = scores_ptr + heads[:, None] * C + c[None, :]
         tl.store(out, scores * (scale * LOG2E), mask=live[:, None] & exists[None, :])
-    rows = (row * num_parts + part) * H + g * R + r
-    store_part(acc_ptr, m_ptr, norm_ptr, rows, live, m, norm, acc, D, PADDED_D)
+    rows = (row * num_splits + split) * H + g * R + r
+    store_split(acc_ptr, m_ptr, norm_ptr, rows, live, m, norm, acc, D, PADDED_D)
 
 
 @jit
 def attend_tokens_kernel(
     q_ptr, k_slc_ptr, v_slc_ptr, k_win_ptr, v_win_ptr, ranks_ptr, indices_ptr, positions_ptr,
-    acc_ptr, m_ptr, norm_ptr, n, K, RING, S, first_part, num_parts, scale,
+    acc_ptr, m_ptr, norm_ptr, n, K, RING, S, first_split, num_splits, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
     N: tl.constexpr, PADDED_S: tl.constexpr, KEPT: tl.constexpr,
     LENGTH: tl.constexpr, WINDOW: tl.constexpr,
-    SELECTED_PARTS: tl.constexpr, WINDOW_PARTS: tl.constexpr,
+    SELECTED_SPLITS: tl.constexpr, WINDOW_SPLITS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of one query's selected blocks, or of its window, for the heads of an index head.
+    """One split of one query's selected blocks, or of its window, for the heads of an index head.
 
-    Each part of the selection finds the blocks anew, which takes less than a launch; the first one
+    Each split of the selection finds the blocks anew, which takes less than a launch; the first one
     stores them.
     """
     R: tl.constexpr = H // J
     PIECES: tl.constexpr = (LENGTH + KEYS - 1) // KEYS
     row = tl.program_id(0).to(tl.int64)
-    j, part = tl.program_id(1), tl.program_id(2)
+    j, split = tl.program_id(1), tl.program_id(2)
     g, b = j // (J // G), row // n
     t = tl.load(positions_ptr + row).to(tl.int32)
     r, key = tl.arange(0, ROWS), tl.arange(0, KEYS)
@@ -108,12 +108,12 @@ def attend_tokens_kernel(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PADDED_D], tl.float32)
-    if part < SELECTED_PARTS:
-        share: tl.constexpr = (N * PIECES + SELECTED_PARTS - 1) // SELECTED_PARTS if N else 0
+    if split < SELECTED_SPLITS:
+        share: tl.constexpr = (N * PIECES + SELECTED_SPLITS - 1) // SELECTED_SPLITS if N else 0
         blocks = best_blocks(ranks_ptr + (row * J + j) * S, S, N, PADDED_S, KEPT)
-        if part == 0:
+        if split == 0:
             store_ascending(blocks, indices_ptr + (row * J + j) * N, N, KEPT)
-        for i in range(part * share, tl.minimum(part * share + share, N * PIECES)):
+        for i in range(split * share, tl.minimum(split * share + share, N * PIECES)):
             block = tl.max(tl.where(tl.arange(0, KEPT) == i // PIECES, blocks, -1), 0)
             inside = i % PIECES * KEYS + key
             token = block * LENGTH + inside
@@ -123,30 +123,30 @@ def attend_tokens_kernel(
                 m, norm, acc, scale, D, PADDED_D, PRECISION,
             )  # fmt: skip
     else:
-        share: tl.constexpr = (WINDOW + KEYS * WINDOW_PARTS - 1) // (KEYS * WINDOW_PARTS) * KEYS
+        share: tl.constexpr = (WINDOW + KEYS * WINDOW_SPLITS - 1) // (KEYS * WINDOW_SPLITS) * KEYS
         begin = tl.maximum(t + 1 - WINDOW, 0)
-        start = begin + (part - SELECTED_PARTS) * share
+        start = begin + (split - SELECTED_SPLITS) * share
         for first in range(start, tl.minimum(start + share, t + 1), KEYS):
             token = first + key
             m, norm, acc, _ = attend_tile(
                 q, k_win_ptr, v_win_ptr, (b * RING + token % RING) * G + g, token <= t,
                 m, norm, acc, scale, D, PADDED_D, PRECISION,
             )  # fmt: skip
-    rows = (row * num_parts + first_part + part) * H + j * R + r
-    store_part(acc_ptr, m_ptr, norm_ptr, rows, live, m, norm, acc, D, PADDED_D)
+    rows = (row * num_splits + first_split + split) * H + j * R + r
+    store_split(acc_ptr, m_ptr, norm_ptr, rows, live, m, norm, acc, D, PADDED_D)
 
 
 @jit
-def part_weights(
-    m_ptr, norm_ptr, first, head, H: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr
+def split_weights(
+    m_ptr, norm_ptr, first, head, H: tl.constexpr, SPLITS: tl.constexpr, P: tl.constexpr
 ):
-    """What each part's sum counts for a head, their norm in all, and their maximum in base 2."""
+    """What each split's sum counts for a head, their norm in all, and their maximum in base 2."""
     p = tl.arange(0, P)
     at = (first + p) * H + head
-    m = tl.load(m_ptr + at, mask=p < PARTS, other=float("-inf"))
+    m = tl.load(m_ptr + at, mask=p < SPLITS, other=float("-inf"))
     top = tl.max(m, 0)
     weight = tl.exp2(m - finite(top))
-    norm = tl.sum(tl.load(norm_ptr + at, mask=p < PARTS, other=0.0) * weight, 0)
+    norm = tl.sum(tl.load(norm_ptr + at, mask=p < SPLITS, other=0.0) * weight, 0)
     return weight, norm, top
 
 
@@ -154,12 +154,12 @@ def part_weights(
 def branch_output(
     acc_ptr, m_ptr, norm_ptr, first, head,
     H: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
-    PARTS: tl.constexpr, P: tl.constexpr,
+    SPLITS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """A head's output from the parts of one branch; 0 where nothing was seen.  [PADDED_D]"""
-    weight, norm, _ = part_weights(m_ptr, norm_ptr, first, head, H, PARTS, P)
+    """A head's output from the splits of one branch; 0 where nothing was seen.  [PADDED_D]"""
+    weight, norm, _ = split_weights(m_ptr, norm_ptr, first, head, H, SPLITS, P)
     p = tl.arange(0, P)
-    acc = load_rows(acc_ptr, (first + p) * H + head, p < PARTS, D, PADDED_D)  # [P, PADDED_D]
+    acc = load_rows(acc_ptr, (first + p) * H + head, p < SPLITS, D, PADDED_D)  # [P, PADDED_D]
     total = tl.sum(acc * weight[:, None], 0)
     return total / tl.where(norm > 0, norm, 1.0)
 
@@ -172,7 +172,7 @@ def merge_kernel(
     PADDED_A: tl.constexpr, PADDED_B: tl.constexpr, PADDED_C: tl.constexpr,
     COMPRESSED: tl.constexpr,
 ):  # fmt: skip
-    """One head of one query: A parts compressed, B selected, C of the window, and their gates."""
+    """One head of one query: A splits compressed, B selected, C of the window, and their gates."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = row * (A + B + C)
     gates = gates_ptr + (row * H + head) * 3
