@@ -68,7 +68,7 @@ class BreakingModule(NSALightningModule):
         if self.global_step + 1 not in self.left_out:
             return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer_closure()
-        self._micro_figures.clear()
+        self._micro_totals.clear()
         return None
 
 
