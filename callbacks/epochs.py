@@ -28,7 +28,7 @@ class Epochs(EveryNSteps):
         found = epochs_of(trainer)
         log_metrics(trainer, {f"data/{name}/epochs": epochs for name, epochs in found.items()})
         for name, epochs in found.items():
-            if int(epochs) > self._begun[name] and trainer.is_global_zero:
+            if int(epochs) > self._begun.get(name, 0) and trainer.is_global_zero:
                 log.info(
                     "corpus %s: epoch %d begins by step %d", name, int(epochs) + 1,
                     trainer.global_step,

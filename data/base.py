@@ -19,26 +19,25 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.checks import check_at_least, check_pack
+from data.chapter_windows import ChapterWindows, ReadyBatches
+from data.chapters import Chapters
+from data.checks import check_at_least, check_lengths, check_pack
 from data.loader_signals import leave_signals_to_the_trainer
 from data.metrics import BITS_PER_BYTE, Metric
-from data.packing import PackedEvalWindows, PackedTrainWindows, Packing, packing_of
-from data.sampler import EvalBatches, EvalWindows, TrainBatches, TrainWindows
+from data.packing import PackedEvalWindows, Packing, packing_of
+from data.sampler import EvalBatches, EvalWindows, TrainBatches
 from data.shards import (
     INDEX,
     ShardWriter,
     identity,
-    open_shards,
     prepare_shards,
     refuse,
     shard_folder,
 )
-from data.token_split import TokenSplit
+from data.token_split import SPLITS, TokenSplit
 from data.tokenizer import AnyTokenizer, ByteTokenizer, saved_tokenizer
 
 log = logging.getLogger(__name__)
-
-SPLITS = ("train", "val", "test")
 
 
 class TokenDataModule(L.LightningDataModule, ABC):
@@ -97,7 +96,8 @@ class TokenDataModule(L.LightningDataModule, ABC):
         self._packings: dict[str, Packing] = {}
         self._prepared = False
         self.splits: dict[str, TokenSplit] = {}
-        self.identity: dict[str, Any] = {}  # of the training tokens, for `sample_order`
+        self.chapters: Chapters | None = None
+        self._windows: ChapterWindows | None = None
         self.tokenizer: AnyTokenizer = ByteTokenizer()
 
     @abstractmethod
@@ -124,17 +124,23 @@ class TokenDataModule(L.LightningDataModule, ABC):
             prepare_shards(shard_folder(self.name, source), source, self.build, verify)
             self._prepared = True
 
+    def prepare_rest(self) -> None:
+        """Begin to prepare what training is not to wait for; of one process on each machine."""
+
     def setup(self, stage: str | None = None) -> None:
         """Open the shards."""
         if self.splits:
             return
         folder = shard_folder(self.name, self.source())
-        index, splits = open_shards(folder)
+        chapters = Chapters(folder)
+        splits = {"train": chapters.splits[0], **chapters.held_out}
         if self.pack == "documents" and not all(split.has_documents for split in splits.values()):
             refuse(folder / INDEX, "it does not say where documents begin, as older ones do not")
-        self._check_lengths({split: len(splits.get(split, ())) for split in SPLITS})
-        self.splits, self.identity = splits, identity(index)
-        self.tokenizer = saved_tokenizer(folder, index["tokenizer"])
+        lengths = {split: len(splits.get(split, ())) for split in SPLITS}
+        ways = {"train": self.more_text, "held out": self.more_held_out}
+        check_lengths(self.name, self.pack, self.seq_len, lengths, ways)
+        self.splits, self.chapters = splits, chapters
+        self.tokenizer = saved_tokenizer(folder, chapters.indices[0]["tokenizer"])
         counts = ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)
         log.info("%s: %s tokens in %s", self.name, counts, folder)
 
@@ -151,10 +157,9 @@ class TokenDataModule(L.LightningDataModule, ABC):
         return self._packings[split]
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often the training split is gone through by so many samples, by the corpus's name."""
-        packs = self.pack == "documents"
-        windows = len(self.packing("train")) if packs else len(self.splits["train"]) // self.seq_len
-        return {self.name: samples / windows}
+        """How often the corpus, by name, is gone through; nothing while its size is not known."""
+        epochs = self._train_windows().epochs(samples)
+        return {} if epochs is None else {self.name: epochs}
 
     def document_lengths(self) -> list[tuple[int, float]]:
         """How long what attends to itself is in training, and its share of a window's tokens."""
@@ -164,30 +169,27 @@ class TokenDataModule(L.LightningDataModule, ABC):
 
     def summary(self, samples: int) -> dict[str, str]:
         """What a run of so many samples says of its data before it trains, by what it is about."""
-        if self.pack != "documents":
-            return {}
-        packing = self.packing("train")
-        fill = f"{packing.fill:.1%} filled, the last one {packing.last_fill:.1%}"
-        return {"packed documents": f"{len(packing):,} windows, {fill}"}
-
-    def _check_lengths(self, tokens: dict[str, int]) -> None:
-        """Refuse splits that are shorter than a window."""
-        window = 2 if self.pack == "documents" else self.seq_len + 1
-        short = [split for split in SPLITS if tokens[split] < window]
-        if not short:
-            return
-        way = self.more_held_out
-        if "train" in short or sum(tokens.values()) < 3 * window:
-            way = f"{self.more_text} (it has {sum(tokens.values())} tokens in all)"
-        raise ValueError(
-            f"data={self.name}: the {short[0]} split has {tokens[short[0]]} tokens, one window of "
-            f"model.seq_len={self.seq_len} needs {window}: lower model.seq_len, or {way}"
-        )
+        rows, where = {}, ""
+        if self.chapters and "chapter" in self.chapters.indices[0]:
+            more = "that is all" if self.chapters.complete else "more are prepared during training"
+            rows["corpus"], where = f"{self.chapters.there()}; {more}", " (of the first chapter)"
+        if self.pack == "documents":
+            packing = self.packing("train")
+            fill = f"{packing.fill:.1%} filled, the last one {packing.last_fill:.1%}"
+            rows["packed documents"] = f"{len(packing):,} windows, {fill}{where}"
+        return rows
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the trainer's step to its last; each depends on seed and step alone."""
         rank = self.trainer.global_rank if self.trainer else 0
-        return self._loader(self._train_windows(), self._train_batches(rank))
+        if self.trainer and self.trainer.local_rank == 0:
+            self.prepare_rest()
+        batches = ReadyBatches(self._train_batches(rank), self.wait_for)
+        return self._loader(self._train_windows(), batches)
+
+    def wait_for(self, sample: int) -> None:
+        """Return once a training sample can be read."""
+        self._train_windows().wait_for(sample)
 
     def samples_of(self, step: int, rank: int, micro_batch: int) -> list[int]:
         """The samples that a rank sees in one micro-batch of a training step, by their numbers.
@@ -202,9 +204,11 @@ class TokenDataModule(L.LightningDataModule, ABC):
         return self.decode(tokens[tokens >= 0].tolist())
 
     def _train_windows(self) -> Any:
-        if self.pack == "documents":
-            return PackedTrainWindows(self.splits["train"], self.packing("train"), self.seed)
-        return TrainWindows(self.splits["train"], self.seq_len, self.seed)
+        assert self.chapters is not None, "setup has not been called"
+        if self._windows is None:
+            packing = self.packing("train") if self.pack == "documents" else None
+            self._windows = ChapterWindows(self.chapters, self.seq_len, self.seed, packing)
+        return self._windows
 
     def _train_batches(self, rank: int) -> TrainBatches:
         trainer = self.trainer
@@ -268,18 +272,23 @@ class TokenDataModule(L.LightningDataModule, ABC):
         accumulated = 1 if trainer is None else trainer.accumulate_grad_batches * trainer.world_size
         return {
             "tokenizer": self.tokenizer.state(),
-            "sample_order": self.sample_order(accumulated),
+            "sample_order": self.sample_order(accumulated, trainer.global_step if trainer else 0),
         }
 
-    def sample_order(self, micro_batches_per_step: int) -> dict[str, Any]:
-        """What decides which samples a step sees, over all ranks: corpus, seed and sizes."""
-        return self.identity | {
+    def sample_order(self, micro_batches_per_step: int, steps: int = 0) -> dict[str, Any]:
+        """What decides which samples the first `steps` see, over all ranks: corpus, seed, sizes."""
+        sequences = self.micro_batch_size * micro_batches_per_step
+        return self.identity(steps * sequences) | {
             "seed": self.seed,
             "seq_len": self.seq_len,
-            "sequences_per_step": self.micro_batch_size * micro_batches_per_step,
+            "sequences_per_step": sequences,
             "pack": self.pack,
             "document_alignment": self.document_alignment if self.pack == "documents" else 1,
         }
+
+    def identity(self, samples: int) -> dict[str, Any]:
+        """What tells the tokens of the first so many training samples from those of others."""
+        return identity(self._train_windows().begun(samples))
 
     def encode(self, text: str) -> list[int]:
         """Text as ids."""

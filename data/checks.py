@@ -28,3 +28,23 @@ def check_fractions(val: float, test: float) -> dict[str, float]:
             "together less than 1: the rest is trained on"
         )
     return {"val": val, "test": test}
+
+
+def check_lengths(
+    name: str, pack: str, seq_len: int, tokens: dict[str, int], ways: dict[str, str]
+) -> None:
+    """Refuse splits of so many tokens where one is shorter than a window.
+
+    `ways` out: where there is too little text in all ("train"), or too little "held out" of it.
+    """
+    window = 2 if pack == "documents" else seq_len + 1
+    short = [split for split in tokens if tokens[split] < window]
+    if not short:
+        return
+    way = ways["held out"]
+    if "train" in short or sum(tokens.values()) < 3 * window:
+        way = f"{ways['train']} (it has {sum(tokens.values())} tokens in all)"
+    raise ValueError(
+        f"data={name}: the {short[0]} split has {tokens[short[0]]} tokens, one window of "
+        f"model.seq_len={seq_len} needs {window}: lower model.seq_len, or {way}"
+    )

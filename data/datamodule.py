@@ -4,30 +4,24 @@ import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from data import enwik8, sources
-from data.base import SPLITS, TokenDataModule
+from data.background import Background
+from data.base import TokenDataModule
 from data.checks import check_at_least, check_fractions
-from data.documents import (
-    check_eot,
-    drawn_splits,
-    only,
-    text_strings,
-    write_documents,
-    write_files,
-    write_text,
-)
+from data.documents import check_eot, write_files, write_text
 from data.huggingface import DatasetChoice
 from data.plain_text import Decoding, check_text
+from data.preparation import Preparation
 from data.shards import cache_root
 from data.sources import unpacked
+from data.token_split import SPLITS
 from data.tokenizer import ByteTokenizer, TokenizerChoice
 
 
@@ -217,6 +211,9 @@ class HuggingFaceDataModule(TokenDataModule):
         streaming: take rows as they arrive, without a copy of the dataset on this disk. Files on
             this disk are always read where they are, but for parts of splits (train[:90%]).
         max_tokens: end a split with the document that reaches so many tokens; None: take all.
+        chapter_tokens: training begins with so many tokens, while the next ones are prepared, and
+            so on, chapter by chapter; what is held out by fractions is of the first chapter. None:
+            all is prepared first.
         shuffle_seed: shuffle the documents before they are written (a stream: its files, and the
             documents of each 16 MB); None: keep their order.
         tokenizer, eot_token: see `data.tokenizer.TokenizerChoice`; train learns from the documents
@@ -242,6 +239,7 @@ class HuggingFaceDataModule(TokenDataModule):
         text_column: str = "text",
         streaming: bool = False,
         max_tokens: int | None = None,
+        chapter_tokens: int | None = None,
         shuffle_seed: int | None = None,
         tokenizer: str = "bytes",
         eot_token: str | None = None,
@@ -253,47 +251,37 @@ class HuggingFaceDataModule(TokenDataModule):
                 "or a builder with files, as in data.name=json data.data_files=corpus.jsonl"
             )
         super().__init__(name=name, **numbers)
-        if max_tokens is not None:
-            check_at_least("data.max_tokens", max_tokens, 1)
-        self.tokenizer_choice = TokenizerChoice(tokenizer, self.vocab_size, eot_token)
-        self.dataset = DatasetChoice(
+        for option, value in (("max_tokens", max_tokens), ("chapter_tokens", chapter_tokens)):
+            if value is not None:
+                check_at_least(f"data.{option}", value, 1)
+        dataset = DatasetChoice(
             name, config, data_files, revision, text_column, streaming, shuffle_seed
         )
-        self.fractions = check_fractions(val_fraction, test_fraction)
-        self.split_names = {"train": train_split, "val": val_split, "test": test_split}
-        self.dataset.check_files()
-        self.dataset.check_splits(self.split_names)
-        self.max_tokens = max_tokens
+        split_names = {"train": train_split, "val": val_split, "test": test_split}
+        self.preparation = Preparation(
+            dataset,
+            TokenizerChoice(tokenizer, self.vocab_size, eot_token),
+            split_names,
+            check_fractions(val_fraction, test_fraction),
+            max_tokens,
+            chapter_tokens,
+        )
+        dataset.check_files()
+        dataset.check_splits(split_names)
 
     def source(self) -> dict[str, Any]:
-        return {
-            "corpus": "hf",
-            "dataset": self.dataset.source(),
-            "splits": self.split_names,
-            "fractions": self.fractions,
-            "max_tokens": self.max_tokens,
-            "tokenizer": self.tokenizer_choice.source(),
-        }
+        return self.preparation.source()
 
     def build(self, folder: Path) -> None:
-        tokenizer = self.tokenizer_choice.make(self._training_texts)
-        check_eot(tokenizer, self.tokenizer_choice.name)
-        self.dataset.check_slices(self.split_names)
-        with self.writer(folder, tokenizer) as writer:
-            for split, name in self.split_names.items():
-                if name is not None:
-                    split_of = self._split_of if split == "train" else only(split)
-                    batches = self.dataset.batches(name)
-                    write_documents(writer, tokenizer, batches, split_of, self.max_tokens)
+        self.preparation.build(folder)
 
-    def _split_of(self, numbers: NDArray[np.uint64]) -> NDArray[np.str_]:
-        """Where documents of the training split go."""
-        cut = {s: f for s, f in self.fractions.items() if self.split_names[s] is None}
-        return drawn_splits(numbers, cut)
+    def prepare_rest(self) -> None:
+        windows = self._train_windows()
+        if windows.preparation is None and not windows.chapters.complete:
+            work = partial(self.preparation.build_rest, windows.chapters.folder)
+            windows.preparation = Background(work)
 
-    def _training_texts(self) -> Iterator[str]:
-        number = 0
-        for batch in self.dataset.batches(self.split_names["train"]):
-            splits = self._split_of(np.arange(number, number + len(batch), dtype=np.uint64))
-            number += len(batch)
-            yield from text_strings(batch.filter(pa.array(splits == "train")))
+    def teardown(self, stage: str) -> None:
+        """Training is over: nobody waits for more of the corpus."""
+        if stage == "fit" and self._windows is not None:
+            self._windows.stop_preparation()

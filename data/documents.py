@@ -10,10 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.base import SPLITS
-from data.sampler import mix
+from data.permutation import mix
 from data.shards import ShardWriter
 from data.sources import Watch, pieces, release, unpacked
+from data.token_split import SPLITS
 from data.tokenizer import AnyTokenizer
 
 BATCH = 1 << 20  # bytes of documents tokenized together; a longer document is cut
@@ -101,10 +101,37 @@ def write_files(
             write_document(writer, tokenizer, split, np.frombuffer(b"".join(blocks), np.uint8))
 
 
+class Unread:
+    """Documents that are still to be written; of a batch as many may be taken as are wanted.
+
+    Args:
+        batches: all documents.
+        taken: of these, how many from the first on were taken before.
+    """
+
+    def __init__(self, batches: Iterable[Texts], taken: int = 0) -> None:
+        self.taken = 0
+        self._batches, self._rest = iter(batches), None
+        while self.taken < taken and (batch := self.next()) is not None:
+            self.take(min(len(batch), taken - self.taken))
+
+    def next(self) -> Texts | None:
+        """The next documents, [n]; None at the end."""
+        if self._rest is None:
+            self._rest = next(self._batches, None)
+        return self._rest
+
+    def take(self, count: int) -> None:
+        """Leave out the first `count` of those that `next` gave."""
+        assert self._rest is not None
+        self.taken += count
+        self._rest = self._rest[count:] if count < len(self._rest) else None
+
+
 def write_documents(
     writer: ShardWriter,
     tokenizer: AnyTokenizer,
-    batches: Iterable[Texts],
+    unread: Unread,
     split_of: SplitOf,
     max_tokens: int | None,
 ) -> None:
@@ -114,15 +141,16 @@ def write_documents(
     counts as one byte, like the line feed that would join two documents in a file. A document of
     more than `BATCH` bytes is tokenized in pieces, cut between characters.
     """
-    number = 0
-    for batch in batches:
-        splits = split_of(np.arange(number, number + len(batch), dtype=np.uint64))
-        number += len(batch)
+    while (batch := unread.next()) is not None:
+        splits = split_of(np.arange(unread.taken, unread.taken + len(batch), dtype=np.uint64))
         if len(text_bytes(batch)) > BATCH:
             write_document(writer, tokenizer, splits[0], text_bytes(batch))
-        elif write_batch(writer, tokenizer, batch, splits, max_tokens) < len(batch):
-            return
-        if max_tokens is not None and max(map(writer.num_tokens, named(splits))) >= max_tokens:
+            kept = 1
+        else:
+            kept = write_batch(writer, tokenizer, batch, splits, max_tokens)
+        unread.take(kept)
+        full = max_tokens is not None and max(map(writer.num_tokens, named(splits))) >= max_tokens
+        if kept < len(batch) or full:
             return
 
 

@@ -7,8 +7,9 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from data.base import SPLITS, TokenDataModule
+from data.base import TokenDataModule
 from data.mixture import PERIOD, MixedEvalWindows, MixedTrainWindows, Schedule, quotas
+from data.token_split import SPLITS
 
 SHARED = ("vocab_size", "seq_len", "num_workers", "val_tokens", "test_tokens", "seed", "pack")
 
@@ -52,6 +53,7 @@ class MixDataModule(TokenDataModule):
             self.corpora[name] = made(f"data.corpora.{name}", config, given)
         self.weights = dict(weights or {})
         self.quotas: dict[str, int] = {}
+        self._mixed: MixedTrainWindows | None = None
 
     def source(self) -> dict[str, Any]:
         return {"corpus": "mix", "corpora": {n: c.source() for n, c in self.corpora.items()}}
@@ -79,13 +81,41 @@ class MixDataModule(TokenDataModule):
                     f"data.corpora: {name} and {first} are split into different tokens: give all "
                     "of them one data.tokenizer"
                 )
-        sizes = {name: len(corpus.splits["train"]) for name, corpus in self.corpora.items()}
-        self.quotas = quotas(self.weights or sizes)
-        self.identity = {
-            "corpus": {name: corpus.identity for name, corpus in self.corpora.items()},
-            "train_tokens": sum(sizes.values()),
+        self.quotas = quotas(self.weights or self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        """The training tokens of each corpus."""
+        for name, corpus in self.corpora.items():
+            if corpus.chapters is None or not corpus.chapters.complete:
+                raise ValueError(
+                    f"data.weights is missing: corpora are weighed by their tokens without it, and "
+                    f"those of {name} are still being prepared (data.corpora.{name}.chapter_tokens)"
+                )
+        return {n: c.chapters.num_tokens for n, c in self.corpora.items() if c.chapters}
+
+    def prepare_rest(self) -> None:
+        for corpus in self.corpora.values():
+            corpus.prepare_rest()
+
+    def wait_for(self, sample: int) -> None:
+        self._train_windows().wait_for(sample)
+
+    def teardown(self, stage: str) -> None:
+        for corpus in self.corpora.values():
+            corpus.teardown(stage)
+
+    def identity(self, samples: int) -> dict[str, Any]:
+        """Of the corpora, each after its share of the samples in whole periods."""
+        found = {n: c.identity(self._share(n, samples)) for n, c in self.corpora.items()}
+        return {
+            "corpus": found,
+            "train_tokens": sum(each["train_tokens"] for each in found.values()),
             "quotas": dict(self.quotas),
         }
+
+    def _share(self, name: str, samples: int) -> int:
+        """How many of so many samples are of a corpus, to within a period."""
+        return samples * self.quotas[name] // PERIOD
 
     def bytes_per_token(self, split: str) -> float:
         """Of training as its samples are drawn; of the other splits as they are together."""
@@ -112,7 +142,7 @@ class MixDataModule(TokenDataModule):
         return {
             name: part
             for name, corpus in self.corpora.items()
-            for part in corpus.epochs(samples * self.quotas[name] // PERIOD).values()
+            for part in corpus.epochs(self._share(name, samples)).values()
         }
 
     def summary(self, samples: int) -> dict[str, str]:
@@ -120,13 +150,17 @@ class MixDataModule(TokenDataModule):
         epochs, rows = self.epochs(samples), {}
         for name, corpus in self.corpora.items():
             own = corpus.summary(0).get("packed documents")
-            share = f"{self.quotas[name] / PERIOD:.2%} of the samples, {epochs[name]:.3g} epochs"
-            rows[f"corpus {name}"] = share + (f", {own}" if own else "")
+            parts = [f"{self.quotas[name] / PERIOD:.2%} of the samples"]
+            parts += [f"{epochs[name]:.3g} epochs"] if name in epochs else []
+            rows[f"corpus {name}"] = ", ".join(parts + ([own] if own else []))
         return rows
 
     def _train_windows(self) -> MixedTrainWindows:
-        windows = [corpus._train_windows() for corpus in self.corpora.values()]
-        return MixedTrainWindows(windows, Schedule(list(self.quotas.values()), self.seed))
+        if self._mixed is None:
+            windows = [corpus._train_windows() for corpus in self.corpora.values()]
+            schedule = Schedule(list(self.quotas.values()), self.seed)
+            self._mixed = MixedTrainWindows(windows, schedule)
+        return self._mixed
 
     def _eval_windows(self, split: str) -> MixedEvalWindows:
         return MixedEvalWindows([corpus._eval_windows(split) for corpus in self.corpora.values()])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.sampler import mix, permuted
+from data.permutation import mix, permuted
 
 PERIOD = 10_000  # samples
 
@@ -69,6 +69,11 @@ class MixedTrainWindows(Dataset):
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
         corpus, own = self.schedule.place(sample)
         return self.windows[corpus][own] | {"corpus": torch.tensor(corpus)}
+
+    def wait_for(self, sample: int) -> None:
+        """Return once the sample's corpus has it."""
+        corpus, own = self.schedule.place(sample)
+        self.windows[corpus].wait_for(own)
 
 
 class MixedEvalWindows(Dataset):

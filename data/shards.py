@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -176,30 +176,43 @@ def prepare_shards(
 ) -> None:
     """Build the shards of `source` in `folder` once, or verify every byte of those that are there.
 
-    `build` writes into a folder aside, which is renamed when it is complete. Of several processes
-    that come at once, one builds and the others wait, then verify.
+    Of several processes that come at once, one builds and the others wait, then verify.
 
     Raises:
         ValueError: a file of `folder` is missing, truncated or damaged, or of another source.
     """
     make_cache(folder.parent)
-    with held(Path(f"{folder}.lock")):
-        if folder.exists():
-            if verify:
-                verify_shards(folder, source)
-            return
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)  # left by a killed process: the lock is ours
-        part.mkdir()
-        try:
-            build(part)
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    if not folder.exists():
+        with held(lock_of(folder)):
+            if not folder.exists():
+                build_whole(folder, build)
+                return
+    if verify:
+        verify_shards(folder, source)
+
+
+def lock_of(folder: Path) -> Path:
+    """The lock of the process that writes into a prepared folder."""
+    return Path(f"{folder}.lock")
+
+
+def build_whole(folder: Path, build: Callable[[Path], None]) -> None:
+    """Let `build` write into a folder aside, which gets its name when it is complete.
+
+    Only for the process that has the lock.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process: the lock is ours
+    part.mkdir()
+    try:
+        build(part)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def verify_shards(folder: Path, source: dict[str, Any]) -> None:
-    """Compare the source and the sha256 of every file with the index."""
+    """Compare the source and the sha256 of every file with the index; so of chapters inside."""
     index = read_index(folder)
     if index["source"] != source:
         refuse(folder / INDEX, f"it was made from {index['source']}, this run asks for {source}")
@@ -210,6 +223,8 @@ def verify_shards(folder: Path, source: dict[str, Any]) -> None:
             verify_file(folder / documents["file"], documents["sha256"])
     if tokenizer := index.get("tokenizer"):
         verify_file(folder / tokenizer["file"], tokenizer["sha256"])
+    for chapter in sorted(folder.glob("chapter-?????")):
+        verify_shards(chapter, source)
 
 
 def verify_file(path: Path, sha256: str) -> None:
@@ -241,17 +256,22 @@ def check_size(path: Path, size: int) -> None:
         refuse(path, f"it has {path.stat().st_size} bytes, the index says {size}")
 
 
-def identity(index: dict[str, Any]) -> dict[str, Any]:
+def identity(indices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What tells the training tokens of one corpus from those of another, whatever it is called.
 
     A digest of the tokens themselves: a corpus that was moved, or read again, stays the same.
+
+    Args:
+        indices: of the chapters (`data.chapters`), in their order; of most corpora one.
     """
-    train, tokenizer = index["splits"]["train"], index.get("tokenizer")
-    digest = hashlib.sha256("".join(shard["sha256"] for shard in train["shards"]).encode())
-    size, sha256 = index["vocab_size"], tokenizer and tokenizer["sha256"][:12]
+    parts = [index["splits"]["train"] for index in indices]
+    shards = [shard["sha256"] for part in parts for shard in part["shards"]]
+    digest = hashlib.sha256("".join(shards).encode())
+    first, tokenizer = indices[0], indices[0].get("tokenizer")
+    size, sha256 = first["vocab_size"], tokenizer and tokenizer["sha256"][:12]
     return {
-        "corpus": f"{index['source']['corpus']}, sha256 {digest.hexdigest()[:12]}",
-        "train_tokens": train["tokens"],
+        "corpus": f"{first['source']['corpus']}, sha256 {digest.hexdigest()[:12]}",
+        "train_tokens": sum(part["tokens"] for part in parts),
         "tokenizer": f"{size} tokens, sha256 {sha256}" if tokenizer else "bytes",
     }
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data.documents import BATCH, HELD, Texts, documents, offsets, text_bytes
-from data.sampler import mix, permuted_each
+from data.permutation import mix, permuted_each
 from data.shards import cache_root
 
 WINDOW = 1 << 24  # bytes of documents that are shuffled in memory

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SPLITS = ("train", "val", "test")
+
 
 class TokenSplit:
     """One split as a single sequence of tokens, in however many shards it lies.

@@ -70,11 +70,14 @@ def build(cfg: DictConfig) -> Run:
     # On every rank, before any waits for another: the first one prepares, however long it takes.
     datamodule.prepare_data(verify=trainer.local_rank == 0)
     datamodule.setup("fit")
+    if trainer.local_rank == 0:
+        datamodule.prepare_rest()
     if weights and not cfg.ckpt_path:
         exported.load_weights(module.model, Path(weights), datamodule.tokenizer)
     if cfg.ckpt_path and trainer.local_rank == 0:
-        order = datamodule.sample_order(trainer.accumulate_grad_batches * trainer.world_size)
         checkpoint = checkpoints.check_metadata(Path(cfg.ckpt_path))
+        micro_batches = trainer.accumulate_grad_batches * trainer.world_size
+        order = datamodule.sample_order(micro_batches, checkpoint["global_step"])
         check_same_run(checkpoint, settings, order, allow_other_corpus=cfg.allow_other_corpus)
         if trainer.is_global_zero:
             notices.say_what_changes(checkpoint, settings, module, trainer)

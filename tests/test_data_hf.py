@@ -271,7 +271,7 @@ def test_text_files_take_the_same_tokenizers(
 
 
 def test_a_tokenizer_that_is_trained_sees_only_the_train_split() -> None:
-    texts = list(hf(tokenizer="train", vocab_size=300)._training_texts())
+    texts = list(hf(tokenizer="train", vocab_size=300).preparation.training_texts())
     assert sorted(texts) == sorted(documents(hf(), "train"))
 
 

@@ -63,6 +63,7 @@ def attach(
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         global_rank=rank,
+        local_rank=rank,
         world_size=world,
     )
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from data.permutation import mix, permuted
 from data.sampler import (
     EvalBatches,
     EvalWindows,
     TrainBatches,
     TrainWindows,
-    mix,
-    permuted,
     window_start,
 )
 from data.shards import ShardWriter, open_shards

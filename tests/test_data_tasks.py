@@ -154,6 +154,7 @@ def steps_of(micro: int, accumulate: int, world: int, start: int = 0, **options:
             max_steps=3,
             accumulate_grad_batches=accumulate,
             global_rank=rank,
+            local_rank=rank,
             world_size=world,
         )
         for i, batch in enumerate(module.train_dataloader()):

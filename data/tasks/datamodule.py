@@ -18,7 +18,7 @@ from data.base import TokenDataModule
 from data.checks import check_at_least
 from data.datamodule import StdlibDataModule
 from data.metrics import ACCURACY
-from data.sampler import mix
+from data.permutation import mix
 from data.tasks import needles, symbols
 from data.tasks.sample import Sample, Sizes, in_one_window
 from data.token_split import TokenSplit
@@ -107,10 +107,13 @@ class RecallDataModule(TokenDataModule):
         sizes = {"seq_len": self.seq_len, "micro_batch_size": 1}
         self.text = StdlibDataModule(name="stdlib", vocab_size=256, **sizes)
         growth = f"grow_samples={grow_samples}, grow_from={grow_from}"
-        self.identity = {"task": f"{task}, {self.sizes}, {growth}"}
+        self.description = f"{task}, {self.sizes}, {growth}"
 
     def source(self) -> dict[str, Any]:
-        return dict(self.identity)
+        return {"task": self.description}
+
+    def identity(self, samples: int) -> dict[str, Any]:
+        return self.source()
 
     def build(self, folder: Path) -> None:
         """Never called: `prepare_data` makes no shards, since samples are made on the fly."""
@@ -159,6 +162,9 @@ class RecallDataModule(TokenDataModule):
     def _text(self, rng: np.random.Generator, split: TokenSplit, length: int) -> NDArray[np.int64]:
         start = int(rng.integers(0, len(split) - length + 1))
         return split.read(start, start + length)
+
+    def wait_for(self, sample: int) -> None:
+        """Samples are made on the fly."""
 
     def epochs(self, samples: int) -> dict[str, float]:
         """No sample comes twice."""

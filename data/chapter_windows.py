@@ -1,0 +1,157 @@
+"""Which window a training sample is, where a corpus may still be growing by chapters.
+
+An epoch goes through the chapters in their order, and through the windows of each in an order of
+its own. So the place of a sample hangs on the chapters before it alone, and not on how many are
+there: it is a pure function of the seed and the sample's number, as it is for a corpus that was
+prepared as a whole.
+"""
+
+import logging
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from data.background import Background
+from data.chapters import Chapters
+from data.packing import PackedTrainWindows, Packing, packing_of
+from data.permutation import mix
+from data.sampler import TrainWindows
+from data.token_split import TokenSplit
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.2  # seconds between two looks for the next chapter
+PATIENCE_S = 5.0  # of waiting without a word
+
+
+class ChapterWindows(Dataset):
+    """Sample number -> a window of its chapter, endless; see `wait_for`.
+
+    Args:
+        chapters: those that are there.
+        seq_len: T.
+        seed: of the order of windows.
+        packing: of the first chapter's documents; None: windows are cut from one stream.
+    """
+
+    def __init__(
+        self, chapters: Chapters, seq_len: int, seed: int, packing: Packing | None
+    ) -> None:
+        self.chapters, self.seq_len, self.seed, self.packing = chapters, seq_len, seed, packing
+        self.preparation: Background | None = None  # of the chapters to come, in its own process
+        self._windows: list[Any] = []
+        self._ends = [0]  # of chapters, in windows
+        self._failure: str | None = None
+        self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"preparation": None}
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]:
+        chapter, own = self.place(sample)
+        return self._windows[chapter][own]
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """The chapter of a sample, and the sample's number among those of that chapter."""
+        while not self._has(sample):  # in a loader process, whose trainer saw it come
+            time.sleep(LOOK_S)
+        epoch, index = divmod(sample, self._ends[-1]) if self.chapters.complete else (0, sample)
+        chapter = bisect_right(self._ends, index) - 1
+        first, end = self._ends[chapter : chapter + 2]
+        return chapter, index - first + epoch * (end - first)
+
+    def epochs(self, samples: int) -> float | None:
+        """How often the corpus is gone through by so many samples; None: its size is not known."""
+        self._open()
+        return samples / self._ends[-1] if self.chapters.complete else None
+
+    def begun(self, samples: int) -> list[dict[str, Any]]:
+        """The indices of the chapters that the first so many samples are from."""
+        self.wait_for(samples - 1)
+        number = sum(first < max(samples, 1) for first in self._ends[:-1])
+        return self.chapters.indices[:number]
+
+    def wait_for(self, sample: int) -> None:
+        """Return once the chapter of a sample is there; a long wait is told.
+
+        Raises:
+            ChildProcessError: it will not come, since preparing it failed.
+        """
+        began, told = time.monotonic(), False
+        while not self._has(sample):
+            self._say_what_failed(waiting=True)
+            time.sleep(LOOK_S)
+            if self.preparation and not told and time.monotonic() - began > PATIENCE_S:
+                told = True
+                log.info("%s, all seen: training waits for more", self._there())
+        if told:
+            log.info("training goes on after %.0f s: %s", time.monotonic() - began, self._there())
+        self._say_what_failed(waiting=False)
+
+    def stop_preparation(self) -> None:
+        """End the preparation of chapters that nobody is going to read."""
+        if self.preparation is not None and self.preparation.running:
+            log.info("%s; a run that needs more goes on from there", self._there())
+            self.preparation.stop()
+        self.preparation = None
+
+    def _has(self, sample: int) -> bool:
+        if sample >= self._ends[-1]:
+            self._open()
+        return sample < self._ends[-1] or self.chapters.complete
+
+    def _open(self) -> None:
+        """Cut or pack the chapters that have come."""
+        while len(self._windows) < len(self.chapters) or self.chapters.look():
+            number = len(self._windows)
+            split = self.chapters.splits[number]
+            windows, count = self._of_chapter(
+                split, mix(self.seed, number) if number else self.seed
+            )
+            self._windows.append(windows)
+            self._ends.append(self._ends[-1] + count)
+
+    def _of_chapter(self, split: TokenSplit, seed: int) -> tuple[Any, int]:
+        if self.packing is None:
+            return TrainWindows(split, self.seq_len, seed), len(split) // self.seq_len
+        packing = self.packing
+        if self._windows:
+            packing = packing_of(split, self.seq_len, packing.alignment)
+        return PackedTrainWindows(split, packing, seed), len(packing)
+
+    def _say_what_failed(self, *, waiting: bool) -> None:
+        """Of the preparation: at once, and as the end of the run when it is waited for."""
+        failure = self.preparation and self.preparation.failure()
+        if not failure or (waiting and self.chapters.look()):
+            return
+        what = f"{self.chapters.folder.name}: preparing the next chapter failed: {failure}"
+        if waiting:
+            raise ChildProcessError(
+                f"{what}. Training has seen all there is: {self.chapters.there()}"
+            )
+        if failure != self._failure:
+            log.error("%s. Training goes on with what is there: %s", what, self.chapters.there())
+        self._failure = failure
+
+    def _there(self) -> str:
+        return f"{self.chapters.folder.name}: {self.chapters.there()} prepared"
+
+
+class ReadyBatches(Sampler[list[int]]):
+    """Batches of sample numbers, each once `wait_for` has returned for all of its samples."""
+
+    def __init__(self, batches: Sampler[list[int]], wait_for: Callable[[int], None]) -> None:
+        self.batches, self.wait_for = batches, wait_for
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            for sample in batch:
+                self.wait_for(sample)
+            yield batch

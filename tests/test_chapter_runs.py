@@ -1,0 +1,75 @@
+"""data.chapter_tokens through train.py: training begins first, and what is late changes nothing."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from forked_runs import Signal, finished, run
+from test_packed_runs import TRAIN, on, output, rows_of
+
+CORPUS = (
+    *(*TRAIN, "data=hf", "data.name=json", "data.chapter_tokens=700", "data.pack=documents"),
+    *("data.val_tokens=200", "data.val_fraction=.2", "data.test_fraction=.2"),
+)
+SLOW = """  # late.jsonl is opened once training has logged a step
+import builtins, os, time
+opened = builtins.open
+def slow(file, *args, **options):
+    give_up = time.monotonic() + 60
+    while str(file).endswith("late.jsonl") and not os.path.exists(os.environ["LOGGED"]):
+        assert time.monotonic() < give_up, "training does not begin"
+        time.sleep(0.05)
+    return opened(file, *args, **options)
+builtins.open = slow
+"""
+
+
+def write(path: Path, numbers: range, end: str = "") -> None:
+    rows = [json.dumps({"text": f"{i} squared is {i * i} " * (1 + i % 7)}) + "\n" for i in numbers]
+    path.write_text("".join(rows) + end)
+
+
+def losses(run_dir: Path) -> list[str]:
+    return [row[name] for row in rows_of(run_dir) for name in ("train/loss", "val/loss")]
+
+
+def test_training_begins_before_its_data_are_there_and_goes_on_without_them(tmp_path: Path) -> None:
+    write(tmp_path / "early.jsonl", range(40))
+    write(tmp_path / "late.jsonl", range(40, 200))
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    options = [*CORPUS, "data.data_files=[early.jsonl,late.jsonl]"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    slow = {"PYTHONPATH": str(tmp_path), "LOGGED": str(whole / "metrics.csv")}
+    finished(run(tmp_path, [*options, f"run_dir={whole}"], environment=slow), tmp_path)
+    assert "1 chapter of 7" in output(tmp_path) and "more are prepared during" in output(tmp_path)
+
+    told = Signal(signal.SIGTERM, rank=0, step=4)
+    assert run(tmp_path, [*options, f"run_dir={parts}"], sent=told) == [143]
+    chapters = [*(tmp_path / "data").glob("json-*/chapter-*")]
+    assert chapters
+    for each in chapters:
+        shutil.rmtree(each)
+    command = [*options, *on(2), f"run_dir={parts}"]
+    finished(run(tmp_path, command, ranks=2, launcher="srun"), tmp_path)
+    assert [bool(loss) for loss in losses(parts)] == [bool(loss) for loss in losses(whole)]
+    for got, want in zip(losses(parts), losses(whole), strict=True):
+        assert not want or float(got) == pytest.approx(float(want), abs=2e-6)
+
+
+def test_what_breaks_during_training_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    write(tmp_path / "early.jsonl", range(60))
+    write(tmp_path / "late.jsonl", range(60, 70), '{"text": "cut')
+    options = [*CORPUS, "data.data_files=[early.jsonl,late.jsonl]", "data.pack=stream"]
+    command = [
+        *options,
+        "trainer.max_steps=50",
+        "val_every_n_steps=50",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    assert run(tmp_path, command) == [1]
+    assert "preparing the next chapter failed: data.name='json'" in output(tmp_path)
+    assert "late.jsonl line 11: Unterminated string" in output(tmp_path)
+    assert "Training has seen all there is: " in output(tmp_path)
+    assert "Traceback" not in output(tmp_path) and len(rows_of(tmp_path / "run")) > 3
