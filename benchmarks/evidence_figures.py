@@ -29,7 +29,7 @@ COLOURS = {
     "oracle": "#7048e8",
     "none": "#1c7ed6",
     "window": "#2b8a3e",
-}
+}  # other arms take Matplotlib's own
 Row = dict[str, Any]
 Runs = dict[tuple[str, str, str], list[Row]]  # by arm, learning rate and seed
 

@@ -12,7 +12,8 @@ differ. Letters as in `nsa.reference`.
 from typing import Any
 
 import torch
-from einops import rearrange, reduce
+import torch.nn.functional as F
+from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -137,7 +138,7 @@ def attention_mass(
         probs = scores.softmax(dim=-1)
     if shared:
         probs = reduce(probs, "B G R T K -> B G 1 T K", "sum")
-    probs = rearrange(probs, "B G R T K -> B T (G R) K")
-    own = blocks.own_block(num_tokens, cfg, q.device)
-    mass = probs.new_zeros(*probs.shape[:-1], blocks.num_selection_blocks(num_tokens, cfg))
-    return mass.index_add(-1, own, probs)
+    size = cfg.selection_block_size
+    # Not index_add, which adds on a GPU in any order.
+    whole = F.pad(probs, (0, -num_tokens % size))
+    return reduce(whole, "B G R T (S size) -> B T (G R) S", "sum", size=size)

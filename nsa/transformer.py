@@ -113,6 +113,7 @@ class Transformer(nn.Module):
         only_last: bool = False,
         document_starts: Int[Tensor, "B T"] | None = None,
         return_hidden: bool = False,
+        layer_inputs: list[Tensor] | None = None,
     ) -> Any:
         """Logits [B T V]; with return_cache also the cache of what has been seen so far.
 
@@ -125,6 +126,7 @@ class Transformer(nn.Module):
             document_starts: int32, for each token the first token of its document, a multiple of
                 `document_alignment`; None: a row is one document. See `nsa.documents`.
             return_hidden: give what the head reads, [B T M], in place of the logits.
+            layer_inputs: a list that what each layer is given, [B T M], is appended to.
         """
         if ids.ndim != 2 or ids.is_floating_point():
             raise ValueError(
@@ -138,6 +140,8 @@ class Transformer(nn.Module):
             cache = self.empty_cache(*ids.shape)
         tokens = self.embedding(ids)
         for block, kept in zip(self.layers, cache.layers if cache else repeat(None), strict=False):
+            if layer_inputs is not None:
+                layer_inputs.append(tokens)
             if kept is None:
                 tokens = block(tokens, document_starts=document_starts)
             else:

@@ -38,6 +38,7 @@ MATMUL_PRECISIONS = ("highest", "high", "medium")  # PyTorch's names
 OF_MODULE = (  # what the LightningModule is made of
     *("model", "optimizer", "scheduler"),
     *("compile", "activation_checkpointing", "cross_entropy"),
+    *("importance_loss", "sparsity_schedule"),
 )
 REFUSALS = (ValueError, OSError, InstantiationException)  # of a config, before training
 

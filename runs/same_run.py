@@ -6,10 +6,12 @@ from functools import cache
 from typing import Any
 
 from nsa.attention import SparseAttention
+from nsa.training.importance_loss import ImportanceLoss
 from nsa.transformer import Transformer
 from runs.checkpoints import corpus_of
 
 FREE = {"model.name", "model.dropout", "model.attention.backend"}  # may change at any time
+KEPT = ("model", "optimizer", "importance_loss", "sparsity_schedule")
 UNPACKED = {"pack": "stream", "document_alignment": 1}  # of checkpoints that do not say
 CORPUS = ("corpus", "train_tokens", "tokenizer")  # of the order of samples: what it is made of
 
@@ -21,7 +23,8 @@ def check_same_run(
     *,
     allow_other_corpus: bool = False,
 ) -> None:
-    """A resumed run keeps its model, its optimizer and its order of samples, or is refused.
+    """A resumed run keeps its model, its losses, its optimizer and its order of samples, or is
+    refused.
 
     With another order it would see some samples twice and others never; on another corpus, or
     with another tokenizer, it would be another run, which `allow_other_corpus` says is meant.
@@ -30,8 +33,8 @@ def check_same_run(
         ValueError: naming every value that differs.
     """
     stored = checkpoint["hyper_parameters"]
-    before = {k: v for part in ("model", "optimizer") for k, v in flatten(stored[part], part)}
-    now = {k: v for part in ("model", "optimizer") for k, v in flatten(settings[part], part)}
+    before = dict(flatten({part: stored[part] for part in KEPT if part in stored}, ""))
+    now = dict(flatten({part: settings[part] for part in KEPT if part in settings}, ""))
     # An option that did not exist yet was as it is by default.
     before = {k: defaults().get(k) for k in now if k not in before} | before
     changed = [k for k in before | now if k not in FREE and before.get(k) != now.get(k)]
@@ -51,8 +54,12 @@ def check_same_run(
 
 @cache
 def defaults() -> dict[str, Any]:
-    """What a model's options are where nothing is said, by dotted path."""
-    places = (("model", Transformer), ("model.attention", SparseAttention))
+    """What options are where nothing is said, by dotted path."""
+    places = (
+        ("model", Transformer),
+        ("model.attention", SparseAttention),
+        ("importance_loss", ImportanceLoss),
+    )
     return {
         f"{prefix}.{name}": parameter.default
         for prefix, kind in places

@@ -124,24 +124,36 @@ def test_the_large_model_has_350_million_parameters_and_groups_heads_as_the_pape
     assert settings["heads"] == 16 * settings["kv_heads"] and settings["dim_head"] == 128
 
 
-ARMS = {
-    "dense": (["dense"], "learned"),
-    "dense_gated": (["dense"], "learned"),
-    "window": (["window"], "learned"),
-    "nsa": (["nsa"], "learned"),
-    "random": (["nsa"], "random"),
-    "oracle": (["nsa"], "oracle"),
-    "none": (["nsa"], "none"),
+ARMS: dict[str, tuple[list[str], dict]] = {  # layers, and options of the attention
+    "dense": (["dense"], {}),
+    "dense_gated": (["dense"], {}),
+    "window": (["window"], {}),
+    "nsa": (["nsa"], {"selection": "learned"}),
+    "random": (["nsa"], {"selection": "random"}),
+    "oracle": (["nsa"], {"selection": "oracle"}),
+    "none": (["nsa"], {"selection": "none"}),
+    "dense_first": (["nsa"], {}),
+    "taught": (["nsa"], {}),
+    "dense_first_taught": (["nsa"], {}),
+    "gates_on_window": (["nsa"], {"gate_bias": [-2.0, -2.0, 2.0]}),
+    "gates_on_selection": (["nsa"], {"gate_bias": [-2.0, 2.0, -2.0]}),
+    "diff_topk": (["nsa"], {"use_diff_topk": True}),
+    "qk_norm": (["nsa"], {"qk_norm": True}),
+    "dense_and_nsa": (["dense", "nsa"], {}),
+    "window_and_nsa": (["window", "nsa"], {}),
 }
 
 
-def test_arms_of_a_comparison_differ_in_their_layers_or_their_selection() -> None:
+def test_arms_of_a_comparison_differ_in_what_they_say_alone() -> None:
     assert options("arm") == sorted(ARMS)
-    for arm, (pattern, selection) in ARMS.items():
-        model = plain(composed("experiment=recall_scattered", f"arm={arm}").model)
-        assert model["layer_pattern"] == pattern
-        assert model["attention"]["selection"] == selection
-        assert model["dense_output_gate"] == (arm == "dense_gated")
+    plain_attention = plain(composed("experiment=recall_scattered").model)["attention"]
+    for arm, (pattern, attention) in ARMS.items():
+        cfg = plain(composed("experiment=recall_scattered", f"arm={arm}", "logger=csv"))
+        assert cfg["model"]["layer_pattern"] == pattern
+        assert cfg["model"]["attention"] == plain_attention | attention
+        assert cfg["model"]["dense_output_gate"] == (arm == "dense_gated")
+        assert (cfg["importance_loss"]["weight"] > 0) == ("taught" in arm)
+        assert bool(cfg["sparsity_schedule"]) == ("dense_first" in arm)
 
 
 @pytest.mark.parametrize("name", [name for name in options("experiment") if "recall" in name])

@@ -18,7 +18,12 @@ TRAIN = (
     *("model.dim_head=8", "model.seq_len=32", "batch.sequences_per_step=8"),
     *("scheduler.warmup_steps=2", "test=false", "logger=csv", "callbacks.samples.new_tokens=2"),
     *("callbacks.loss_plot=null", "data=text", "data.paths=[corpus.txt]"),
+    *("attention.compress_block_size=4", "attention.compress_block_sliding_stride=4"),
+    *("attention.selection_block_size=4", "attention.num_selected_blocks=4"),
+    "sparsity_schedule=[{until: 0.3, num_selected_blocks: all}, "
+    "{until: 0.6, sliding_window_size: 8}]",
 )
+DRAWS = ("model.dropout=0.3", "importance_loss.weight=0.1", "importance_loss.num_queries=4")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def uninterrupted(folder: Path) -> dict[tuple[int, int], Path]:
     runs = {}
     for ranks, accumulate in product((1, 2), (1, 2)):
         run_dir = folder / f"whole_{ranks}_{accumulate}"
-        options = [*TRAIN, *layout(ranks, 0, accumulate), "model.dropout=0.3"]
+        options = [*TRAIN, *layout(ranks, 0, accumulate), *DRAWS]
         finished(run(folder, [*options, f"run_dir={run_dir}"], ranks=ranks), folder)
         runs[ranks, accumulate] = run_dir
     return runs
@@ -64,7 +69,7 @@ def test_an_interrupted_run_ends_as_one_never_interrupted(
     when = {"step": chance.randrange(1, STEPS - 1), "micro_batch": chance.randrange(accumulate)}
     sent = Signal(which, rank=chance.randrange(ranks), **when)
     run_dir = folder / case
-    options = [*TRAIN, *layout(ranks, workers, accumulate), "model.dropout=0.3"]
+    options = [*TRAIN, *layout(ranks, workers, accumulate), *DRAWS]
     command = [*options, f"run_dir={run_dir}"]
     codes = run(folder, command, ranks=ranks, sent=sent)
     expected = -signal.SIGKILL if which == signal.SIGKILL else 143

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from nsa.training.parallel import REPLAYED
@@ -99,6 +100,22 @@ class MicroBatchGraph:
 
 def shapes(batch: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: array.shape for name, array in batch.items()}
+
+
+def record(learn: Learn, batch: dict[str, Tensor]) -> Learn:
+    """A graph of `learn`; where recording fails, which is said, `learn` itself."""
+    rank_zero_info("compiling a micro-batch, and recording it as a CUDA graph")
+    try:
+        return MicroBatchGraph(learn, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        say_not_replayed(f"recording one failed: {error}")
+        return learn
+
+
+def say_not_replayed(why: str) -> None:
+    rank_zero_warn(f"steps are not replayed as CUDA graphs: {why}", category=UserWarning)
 
 
 def check_device(device: torch.device) -> None:

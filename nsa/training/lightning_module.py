@@ -4,23 +4,24 @@ Letters: B batch, T tokens.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from nsa.training import cuda_graphs, optimizers, parallel, trainer_checks
+from nsa.training import cuda_graphs, optimizers, parallel, scores, trainer_checks
 from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
 from nsa.training.counts import restate_progress
-from nsa.training.label_sums import label_sums, resolve_cross_entropy
-from nsa.training.scores import corpora_of, corpus_scores, scores, split_totals, totals
+from nsa.training.importance_loss import ImportanceLoss
+from nsa.training.label_sums import resolve_cross_entropy
+from nsa.training.losses import Losses
 from nsa.training.seeds import micro_batch_seed, seed_generators
+from nsa.training.sparsity import SparsitySchedule
 from nsa.transformer import Transformer
 
 
@@ -35,7 +36,8 @@ class NSALightningModule(L.LightningModule):
     and `train/<name>/loss` (of the steps since the last log).
 
     Logged: `train/loss`, `val/loss` and `test/loss` in nats per scored label, each with the data's
-    `metric` under its name; `optim/lr` and `optim/grad_norm` (before clipping).
+    `metric` under its name; `train/importance_loss`, unweighed, where it has a weight; `optim/lr`
+    and `optim/grad_norm` (before clipping).
 
     A step whose loss on any rank, or whose gradient, is not finite updates nothing; it counts as
     done. `step_losses` [A], of this rank's micro-batches, and `grad_norm` [], of all ranks, are the
@@ -52,6 +54,8 @@ class NSALightningModule(L.LightningModule):
             training starts, and to replay micro-batches as CUDA graphs; "auto" chooses.
         activation_checkpointing: what the backward pass recomputes; one of `parallel.KEPT`.
         cross_entropy: one of `label_sums.CROSS_ENTROPIES`; "auto" chooses by the vocabulary.
+        importance_loss: arguments of `ImportanceLoss`; None: of no weight.
+        sparsity_schedule: the stages of a `SparsitySchedule`, or None.
 
     Raises:
         ValueError: if a schedule or a mode is unknown by name, or a size is impossible.
@@ -65,6 +69,8 @@ class NSALightningModule(L.LightningModule):
         compile: bool | str = False,
         activation_checkpointing: str = "none",
         cross_entropy: str = "auto",
+        importance_loss: Mapping[str, Any] | None = None,
+        sparsity_schedule: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -77,6 +83,9 @@ class NSALightningModule(L.LightningModule):
         self.cross_entropy = resolve_cross_entropy(cross_entropy, model["vocab_size"])
         self.seed = torch.initial_seed()
         self.model = Transformer(**{key: model[key] for key in model if key != "name"})
+        self.sparsity = SparsitySchedule(self.model, sparsity_schedule)
+        teaching = ImportanceLoss(self.model, **importance_loss or {})
+        self.losses = Losses(self.model, self.cross_entropy, teaching)
         self.step_losses = self.grad_norm = torch.zeros(0)
         self.replays_graphs = False  # whether a micro-batch is one CUDA graph, gradients included
         self._learn_at_once: cuda_graphs.Learn | None = None  # the graph, once it is recorded
@@ -94,8 +103,7 @@ class NSALightningModule(L.LightningModule):
         if compiles == parallel.REPLAYED:
             self._ask_for_graphs()
         if self.device_mesh is not None:
-            casts = self.trainer.precision == "bf16-mixed"
-            gathered = torch.bfloat16 if casts else None
+            gathered = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             reshard = getattr(self.trainer.strategy, "reshard_after_forward", "auto")
             parallel.shard(self.model, self.device_mesh["data_parallel"], gathered, reshard)
 
@@ -111,26 +119,23 @@ class NSALightningModule(L.LightningModule):
             found = learn(batch)
             self._micro_totals.append(found)
             return found[0] / found[1]
-        loss, found = self._loss(batch)
+        loss, found = self.losses.learn(batch, **self._counted)
         self._micro_totals.append(found)
         return breaking_its_gradient(loss)
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean over the scored labels of a batch, and `totals`."""
-        sums = label_sums(
-            self.model,
-            batch["tokens"],
-            batch.get("scored"),
-            document_starts=batch.get("document_starts"),
-            counts_correct=self.metric.counts_correct,
-            cross_entropy=self.cross_entropy,
-        )
-        found = totals(sums, batch.get("corpus"), len(corpora_of(self._datamodule)))
-        return sums.nats / sums.labels, found
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Sizes of the step's stage."""
+        self._set_stage(self.global_step)
+
+    def _set_stage(self, step: int) -> None:
+        if self.sparsity.set_stage(step, self.trainer.max_steps):
+            self._learn_at_once = None  # a graph holds the sizes that it was recorded with
+            if self.compile_mode:
+                parallel.allow_programs(self.model.blocks)
 
     def _learn(self, batch: dict[str, Tensor]) -> Tensor:
         """Add a micro-batch's share of the step's gradient; returns its `totals`."""
-        loss, found = self._loss(batch)
+        loss, found = self.losses.learn(batch, **self._counted)
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
         with torch.autocast(self.device.type, enabled=False):  # Lightning's is for the forward pass
             (breaking_its_gradient(loss) / micro_batches).backward()
@@ -142,24 +147,14 @@ class NSALightningModule(L.LightningModule):
         why = cuda_graphs.obstacle(self.trainer, recomputes=recomputes, draws=draws)
         self.replays_graphs = why is None
         if why is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._say_not_replayed(why)
-
-    def _say_not_replayed(self, why: str) -> None:
-        rank_zero_warn(f"steps are not replayed as CUDA graphs: {why}", category=UserWarning)
+            cuda_graphs.say_not_replayed(why)
 
     def _recorded(self, batch: dict[str, Tensor]) -> cuda_graphs.Learn:
         """What learns from a micro-batch; recorded at the first one."""
         if self._learn_at_once is None:
             self._gradients = cuda_graphs.GradientBuffer(self.parameters())
             self._gradients.zero()
-            rank_zero_info("compiling a micro-batch, and recording it as a CUDA graph")
-            try:
-                self._learn_at_once = cuda_graphs.MicroBatchGraph(self._learn, batch)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self._say_not_replayed(f"recording one failed: {error}")
-                self._learn_at_once = self._learn
+            self._learn_at_once = cuda_graphs.record(self._learn, batch)
         return self._learn_at_once
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -181,21 +176,26 @@ class NSALightningModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._gradients is not None and self.trainer.world_size > 1:
             self._gradients.sum_over_ranks()
-        of_all, of_corpora = split_totals(torch.stack(self._micro_totals), self._datamodule)
+        totals, taught = self.losses.split_off(torch.stack(self._micro_totals))
         self._micro_totals = []
+        of_all, of_corpora = scores.split_totals(totals, self._datamodule)
         self.step_losses, *shares = torch.cat([of_all[:, :1], of_all[:, 2:]], 1).T / of_all[:, 1]
         self._corpus_totals = self._corpus_totals + of_corpora.sum(dim=0)
         if not self._logs_this_step:
             return
         loss, *share = [self._mean_of_ranks(each) for each in (self.step_losses, *shares)]
-        self.log_dict(scores("train", loss, share[0] if share else None, self._datamodule))
+        self.log_dict(
+            scores.label_scores("train", loss, share[0] if share else None, self._datamodule)
+        )
+        if taught is not None:
+            self.log("train/importance_loss", self._mean_of_ranks(taught))
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
         self._log_corpora_of_training()
 
     def _log_corpora_of_training(self) -> None:
-        if corpora_of(self._datamodule):
+        if scores.corpora_of(self._datamodule):
             of_ranks = self.trainer.strategy.reduce(self._corpus_totals, reduce_op="sum")
-            self.log_dict(corpus_scores("train", of_ranks, self._datamodule))
+            self.log_dict(scores.corpus_scores("train", of_ranks, self._datamodule))
         self._corpus_totals = torch.zeros_like(self._corpus_totals)
 
     def _mean_of_ranks(self, of_micro_batches: Tensor) -> Tensor:
@@ -224,20 +224,8 @@ class NSALightningModule(L.LightningModule):
         }
 
     def check_trainer(self, trainer: L.Trainer) -> None:
-        """Refuse a trainer whose options this module could not honour.
-
-        Raises:
-            ValueError: naming the option.
-        """
-        optimizer = optimizers.build_optimizer(self.optimizer_options, self.model)
-        trainer_checks.check_clipping(trainer, optimizer)
-        trainer_checks.check_length(trainer)
-        trainer_checks.check_sharding(trainer, optimizer)
-        device = trainer.strategy.root_device
-        if self.compile_option == parallel.REPLAYED:
-            cuda_graphs.check_device(device)
-        backends = {getattr(block.attention, "backend", "") for block in self.model.blocks}
-        trainer_checks.check_backends(backends, device)
+        """See `trainer_checks.check_trainer`."""
+        trainer_checks.check_trainer(trainer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts micro-batches: restate the count for this run's accumulation."""
@@ -247,14 +235,21 @@ class NSALightningModule(L.LightningModule):
 
     # Evaluation: exact means over every scored label of a split, over all ranks
 
+    def on_validation_start(self) -> None:
+        self._set_stage(self.global_step)
+
+    def on_test_start(self) -> None:
+        """The test is of the model as it is configured, whatever the step."""
+        self._set_stage(self.trainer.max_steps)
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # The sanity check before training must not compile programs that are not needed yet.
         checking = self.trainer.sanity_checking
         with torch.compiler.set_stance("force_eager") if checking else nullcontext():
-            self._split_totals.append(self._loss(batch)[1])
+            self._split_totals.append(self.losses.evaluate(batch, **self._counted)[1])
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._split_totals.append(self._loss(batch)[1])
+        self._split_totals.append(self.losses.evaluate(batch, **self._counted)[1])
 
     def on_validation_epoch_end(self) -> None:
         self._log_split("val")
@@ -266,22 +261,21 @@ class NSALightningModule(L.LightningModule):
 
     def _log_split(self, split: str) -> None:
         batches, self._split_totals = self._split_totals, []
-        size = (3 if self.metric.counts_correct else 2) + 2 * len(corpora_of(self._datamodule))
-        total = torch.zeros(size, dtype=torch.float64)
+        total = torch.zeros(scores.num_totals(self._datamodule), dtype=torch.float64)
         if batches:
             total += torch.stack(batches).cpu().double().sum(dim=0)
         if self.trainer.world_size > 1:
             total = self.trainer.strategy.reduce(total.to(self.device), reduce_op="sum")
-        of_all, of_corpora = split_totals(total, self._datamodule)
-        correct = of_all[2] / of_all[1] if self.metric.counts_correct else None
-        found = scores(split, of_all[0] / of_all[1], correct, self._datamodule)
-        found |= corpus_scores(split, of_corpora, self._datamodule)
-        self.log_dict(found, sync_dist=True)
+        self.log_dict(scores.split_scores(split, total, self._datamodule), sync_dist=True)
 
     @property
     def metric(self) -> Any:
         """What the data are judged by, a `data.metrics.Metric`."""
         return self._datamodule.metric
+
+    @property
+    def _counted(self) -> dict[str, Any]:
+        return scores.counted(self._datamodule)
 
     @property
     def _datamodule(self) -> Any:

@@ -4,16 +4,17 @@ The memory of a micro-batch is linear in its sequences: weights, gradients and o
 once, activations once a sequence. A trial of one sequence and one of two give the line.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from nsa.training import parallel
-from nsa.training.label_sums import label_sums
+from nsa.training.importance_loss import ImportanceLoss
+from nsa.training.losses import Losses
 from nsa.transformer import Transformer
 
 SAFETY = 0.85  # of what is free: fragments, workspaces, and what other code allocates
@@ -63,6 +64,7 @@ def memory_of(
     *,
     activation_checkpointing: str = "none",
     cross_entropy: str = "plain",
+    importance_loss: Mapping[str, Any] | None = None,
     documents: bool = False,
     shards: int = 1,
     peak_of: Callable[[Callable[[], None], torch.device], int] | None = None,
@@ -75,6 +77,7 @@ def memory_of(
         forward_context: of training, for its precision.
         activation_checkpointing: of `parallel.KEPT`.
         cross_entropy: of `label_sums.CROSS_ENTROPIES`.
+        importance_loss: arguments of `ImportanceLoss`.
         documents: whether rows are of packed documents.
         shards: ranks that share weights, gradients and optimizer.
         peak_of: the most bytes that a function allocates; the default asks PyTorch's allocator.
@@ -86,6 +89,7 @@ def memory_of(
             trial = partial(
                 take_step, model, device, forward_context,
                 activation_checkpointing, cross_entropy, documents, sequences,
+                importance_loss=importance_loss,
             )  # fmt: skip
             try:
                 peaks.append(peak_of(trial, device))
@@ -109,17 +113,21 @@ def take_step(
     cross_entropy: str,
     documents: bool,
     sequences: int,
+    *,
+    importance_loss: Mapping[str, Any] | None = None,
 ) -> None:
     """The forward and the backward pass of a copy of `model`, on tokens that are all 0."""
     copy = deepcopy(model).to(device)
     parallel.checkpoint_activations(copy, activation_checkpointing)
     tokens = torch.zeros((sequences, copy.seq_len + 1), dtype=torch.long, device=device)
-    starts = torch.zeros_like(tokens[:, 1:], dtype=torch.int32) if documents else None
+    batch = {"tokens": tokens}
+    if documents:
+        batch["document_starts"] = torch.zeros_like(tokens[:, 1:], dtype=torch.int32)
+    losses = Losses(copy, cross_entropy, ImportanceLoss(copy, **importance_loss or {}))
     for _ in range(2):  # the second one finds gradients to add to
         with forward_context():
-            sums = label_sums(copy, tokens, document_starts=starts, cross_entropy=cross_entropy)
-            nats = sums.nats
-        nats.backward()
+            loss, _ = losses.learn(batch)
+        loss.backward()
 
 
 def peak_on_gpu(run: Callable[[], None], device: torch.device) -> int:

@@ -4,6 +4,7 @@ In this order: a compiler has to see the recomputation, and PyTorch shards last.
 changes a parameter's name, and calling it twice does no harm.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from nsa.backends import BACKENDS
 from nsa.transformer import Transformer
+from nsa.transformer_block import Block
 
 aten = torch.ops.aten
 
@@ -91,13 +93,20 @@ def compile_blocks(model: Transformer, compile: bool | str) -> None:
     if not compile:
         return
     new = [block for block in model.blocks if block._compiled_call_impl is None]
-    # The blocks of all models share one forward pass, of which Dynamo keeps 8 programs and runs the
-    # rest uncompiled: too few for several kinds of layers in training, in validation and with a
-    # last batch that is smaller.
-    kinds = {type(block.attention) for block in new}
-    torch._dynamo.config.recompile_limit += PROGRAMS * len(kinds)
+    allow_programs(new)
     for block in new:
         block.compile()
+
+
+def allow_programs(blocks: Sequence[Block]) -> None:
+    """Let Dynamo keep the programs of these blocks beside all that it has.
+
+    The blocks of all models share one forward pass, of which Dynamo keeps 8 programs and runs the
+    rest uncompiled: too few for several kinds of layers in training, in validation and with a last
+    batch that is smaller.
+    """
+    kinds = {type(block.attention) for block in blocks}
+    torch._dynamo.config.recompile_limit += PROGRAMS * len(kinds)
 
 
 def check_reshard(reshard: bool | str) -> None:

@@ -31,9 +31,25 @@ def totals(
     return torch.cat([found, of_corpora.flatten()])
 
 
+def counted(datamodule: Any) -> dict[str, Any]:
+    """What `totals` are of, beside all labels."""
+    metric = datamodule.metric
+    return {"counts_correct": metric.counts_correct, "num_corpora": len(corpora_of(datamodule))}
+
+
+def num_of_all(datamodule: Any) -> int:
+    """How many of the totals are of all labels."""
+    return 3 if datamodule.metric.counts_correct else 2
+
+
+def num_totals(datamodule: Any) -> int:
+    """S, of `totals`."""
+    return num_of_all(datamodule) + 2 * len(corpora_of(datamodule))
+
+
 def split_totals(totals: Tensor, datamodule: Any) -> tuple[Tensor, Tensor]:
     """`totals` [..., S], or rows of them, of all labels and of the corpora."""
-    size = 3 if datamodule.metric.counts_correct else 2
+    size = num_of_all(datamodule)
     return totals[..., :size], totals[..., size:]
 
 
@@ -42,7 +58,7 @@ def corpora_of(datamodule: Any) -> Mapping[str, Any]:
     return getattr(datamodule, "corpora", {})
 
 
-def scores(
+def label_scores(
     split: str, loss: Tensor, correct: Tensor | None, datamodule: Any
 ) -> dict[str, Tensor | float]:
     """The loss of a split in nats a label, and the metric of the data; `correct` is a share."""
@@ -61,3 +77,11 @@ def corpus_scores(split: str, totals: Tensor, datamodule: Any) -> dict[str, floa
             value = datamodule.metric.of(loss, None, corpus.bytes_per_token(split))
             found |= {f"{split}/{name}/loss": loss, f"{split}/{name}/{name_of_metric}": value}
     return found
+
+
+def split_scores(split: str, totals: Tensor, datamodule: Any) -> dict[str, Any]:
+    """All that there is to say of a whole split, from the sum of its `totals`."""
+    of_all, of_corpora = split_totals(totals, datamodule)
+    correct = of_all[2] / of_all[1] if datamodule.metric.counts_correct else None
+    found = label_scores(split, of_all[0] / of_all[1], correct, datamodule)
+    return found | corpus_scores(split, of_corpora, datamodule)

@@ -1,12 +1,31 @@
 """Options of a trainer that training could not honour, each refused by name."""
 
 from collections.abc import Set
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from nsa.training.optimizers import MuonAdamW
+from nsa.training import cuda_graphs, parallel
+from nsa.training.optimizers import MuonAdamW, build_optimizer
+
+
+def check_trainer(trainer: L.Trainer, module: Any) -> None:
+    """Refuse a trainer whose options a `NSALightningModule` could not honour.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    optimizer = build_optimizer(module.optimizer_options, module.model)
+    check_clipping(trainer, optimizer)
+    check_length(trainer)
+    check_sharding(trainer, optimizer)
+    check_teaching(trainer, module.losses.importance_loss)
+    device = trainer.strategy.root_device
+    if module.compile_option == parallel.REPLAYED:
+        cuda_graphs.check_device(device)
+    check_backends({getattr(b.attention, "backend", "") for b in module.model.blocks}, device)
 
 
 def check_clipping(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
@@ -41,6 +60,14 @@ def check_sharding(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None
         raise ValueError(
             "optimizer=muon needs whole matrices, and FSDP2 gives each device a shard of them: "
             "use trainer=ddp, or optimizer=adamw"
+        )
+
+
+def check_teaching(trainer: L.Trainer, importance_loss: Any) -> None:
+    if isinstance(trainer.strategy, ModelParallelStrategy) and importance_loss.weight:
+        raise ValueError(
+            "importance_loss reads the weights of a layer outside its forward pass, and FSDP2 "
+            "gathers them there alone: use trainer=ddp, or set importance_loss.weight=0"
         )
 
 
