@@ -149,14 +149,32 @@ def test_every_block_is_compiled_if_asked_for(compile, blocks, monkeypatch) -> N
     assert len(asked) == blocks
 
 
-@pytest.mark.parametrize("changes", [{}, {"model": MODEL | {"dropout": 0.2}}])
-def test_replayed_steps_learn_what_others_learn(tmp_path: Path, on_cpu, changes) -> None:
+FREE = {"num_initial_blocks": 0, "num_local_blocks": 1}  # two of three blocks to choose from
+STAGES = [{"until": 0.4, "num_selected_blocks": 3}, {"until": 0.7, "num_selected_blocks": 1}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "replays"),
+    [
+        ({}, [6]),
+        ({"model": MODEL | {"dropout": 0.2}}, [6]),
+        (
+            {
+                "model": MODEL | {"attention": MODEL["attention"] | FREE},
+                "importance_loss": {"weight": 0.5, "num_queries": 3},
+                "sparsity_schedule": STAGES,
+            },
+            [4, 2],  # each stage records a graph of its own
+        ),
+    ],
+)
+def test_replayed_steps_learn_what_others_learn(tmp_path: Path, on_cpu, changes, replays) -> None:
     """Clipped, accumulated, with validations, before which Lightning drops all gradients."""
     plain, replaying = on_cpu(compile=False, **changes), on_cpu(compile=MODE, **changes)
     before = trained(tmp_path, plain, gradient_clip_val=1.0)
     after = trained(tmp_path, replaying, gradient_clip_val=1.0)
     assert replaying.replays_graphs and not plain.replays_graphs
-    assert [graph.replays for graph in Recorded.made] == [6]
+    assert [graph.replays for graph in Recorded.made] == replays
     assert after.figures == pytest.approx(before.figures, rel=1e-6)
     torch.testing.assert_close(weights(plain), weights(replaying), rtol=1e-5, atol=1e-6)
 
@@ -168,8 +186,10 @@ def test_gradients_stay_where_the_graph_writes_them(tmp_path: Path, on_cpu) -> N
 
 def test_a_broken_loss_breaks_the_gradient_and_changes_no_weight(tmp_path: Path, on_cpu) -> None:
     module = on_cpu(compile=MODE)
-    learned = module._loss
-    module._loss = lambda batch: tuple(x * float("inf") for x in learned(batch))
+    learned = module.losses.learn
+    module.losses.learn = lambda batch, **counted: tuple(
+        x * float("inf") for x in learned(batch, **counted)
+    )
     before = weights(module)
     steps = trained(tmp_path, module)
     assert not any(map(torch.isfinite, torch.tensor(steps.figures)))
