@@ -2,10 +2,13 @@
 
 import gc
 import importlib
+import io
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
 
+from callbacks.attention_statistics import draw_gates
+from callbacks.provenance import packages
 from runs import command_line
 
 ROOT = Path(__file__).parent.parent
@@ -15,4 +18,6 @@ for folder in ("callbacks", "data", "runs"):
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 Plugins.instance()  # finds the sweepers and launchers
 command_line.compose({}, [])
+draw_gates({0: [0.5, 0.5, 0.5]}, 1).savefig(io.BytesIO())  # loads fonts
+packages()
 gc.freeze()  # no fork looks through, and so copies, what all of them share
