@@ -4,7 +4,9 @@ import hashlib
 import json
 import platform
 import tempfile
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +152,24 @@ class TextDataModule(TokenDataModule):
             return
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             texts = self._texts(Path(scratch))
-            tokenizer = self.tokenizer_choice.make(
-                lambda: (p.decode("utf-8", "replace") for p in sources.pieces(texts["train"]))
-            )
+            training = sources.pieces(texts["train"])
+            tokenizer = self.tokenizer_choice.make(lambda: sources.decoded(training))
             with self.writer(folder, tokenizer) as writer:
                 for split, text in texts.items():
                     write_text(writer, tokenizer, split, text)
 
+    def training_texts(self) -> Iterator[str]:
+        """The text of the train split, in pieces: what a tokenizer learns from."""
+        if self.pack == "documents":
+            training = [file for file, split in self._splits_of_files().items() if split == "train"]
+            yield from sources.decoded(chain.from_iterable(map(unpacked, training)))
+            return
+        with tempfile.TemporaryDirectory(dir=cache_root()) as scratch:
+            yield from sources.decoded(sources.pieces(self._texts(Path(scratch))["train"]))
+
     def _build_documents(self, folder: Path) -> None:
         splits = self._splits_of_files()
-        training = [file for file in splits if splits[file] == "train"]
-        tokenizer = self.tokenizer_choice.make(
-            lambda: (block.decode("utf-8", "replace") for f in training for block in unpacked(f))
-        )
+        tokenizer = self.tokenizer_choice.make(self.training_texts)
         check_eot(tokenizer, self.tokenizer_choice.name)
         decoding = Decoding()
         watch = None if self.tokenizer_choice.name == "bytes" else decoding.count
@@ -274,6 +281,10 @@ class HuggingFaceDataModule(TokenDataModule):
 
     def build(self, folder: Path) -> None:
         self.preparation.build(folder)
+
+    def training_texts(self) -> Iterator[str]:
+        """The documents of the train split: what a tokenizer learns from."""
+        return self.preparation.training_texts()
 
     def prepare_rest(self) -> None:
         windows = self._train_windows()

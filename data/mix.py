@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 
 from data.base import TokenDataModule
 from data.mixture import PERIOD, MixedEvalWindows, MixedTrainWindows, Schedule, quotas
+from data.shared_tokenizer import shared_tokenizer
 from data.token_split import SPLITS
 
 SHARED = ("vocab_size", "seq_len", "num_workers", "val_tokens", "test_tokens", "seed", "pack")
@@ -25,7 +26,8 @@ class MixDataModule(TokenDataModule):
         corpora: configs of datamodules by their names, as `conf/data` has them.
         weights: each corpus's share of the samples, of any sum; None: by its training tokens.
         tokenizer: of all corpora that have one to choose, see `data.tokenizer.TokenizerChoice`;
-            None: each one's own. They must come to the same.
+            with train, one is trained on all of them, by their weights. None: each one's own. They
+            must come to the same.
     """
 
     has_documents = True  # each corpus says for itself
@@ -40,17 +42,14 @@ class MixDataModule(TokenDataModule):
     ) -> None:
         super().__init__(**numbers)
         check_names(corpora, weights)
-        if tokenizer == "train":
+        if tokenizer == "train" and not weights:
             raise ValueError(
-                "data.tokenizer=train: a mixture shares a tokenizer that is there already; train "
-                "it on one corpus, and give the tokenizer.json of that in the data cache"
+                "data.tokenizer=train learns from each corpus of a mixture by its weight: give "
+                "data.weights"
             )
-        shared = {name: numbers[name] for name in SHARED if numbers.get(name) is not None}
-        chosen = {} if tokenizer is None else {"tokenizer": tokenizer}
-        self.corpora: dict[str, TokenDataModule] = {}
-        for name, config in corpora.items():
-            given = shared | {key: chosen[key] for key in chosen if key in config}
-            self.corpora[name] = made(f"data.corpora.{name}", config, given)
+        self._shared = {name: numbers[name] for name in SHARED if numbers.get(name) is not None}
+        self._configs, self.tokenizer_name = corpora, tokenizer
+        self.corpora = self._made(tokenizer)
         self.weights = dict(weights or {})
         self.quotas: dict[str, int] = {}
         self._mixed: MixedTrainWindows | None = None
@@ -62,7 +61,23 @@ class MixDataModule(TokenDataModule):
         """Never called: each corpus has shards of its own."""
         raise AssertionError("a mixture has no shards to build")
 
+    def _made(self, tokenizer: str | None) -> dict[str, TokenDataModule]:
+        """All corpora; those that have a tokenizer to choose with this one, unless it is None."""
+        modules = {}
+        for name, config in self._configs.items():
+            chosen = (
+                {} if tokenizer is None or "tokenizer" not in config else {"tokenizer": tokenizer}
+            )
+            modules[name] = made(f"data.corpora.{name}", config, self._shared | chosen)
+        return modules
+
     def prepare_data(self, verify: bool = True) -> None:
+        """Train the tokenizer where one is wanted, then prepare each corpus."""
+        if self.tokenizer_name == "train" and not self._prepared:
+            modules: dict[str, Any] = self.corpora  # all have one to choose: bytes are refused
+            texts = {name: corpus.training_texts for name, corpus in modules.items()}
+            path = shared_tokenizer(texts, self.weights, self.vocab_size, self.source())
+            self.corpora, self._prepared = self._made(str(path)), True
         for corpus in self.corpora.values():
             corpus.prepare_data(verify)
 

@@ -184,6 +184,11 @@ def pieces(text: NDArray[np.uint8], size: int = PIECE) -> Iterator[bytes]:
         start = stop
 
 
+def decoded(blocks: Iterable[bytes]) -> Iterator[str]:
+    """Blocks of text as strings; what is no UTF-8 reads as U+FFFD."""
+    return (block.decode("utf-8", "replace") for block in blocks)
+
+
 def stdlib_files() -> dict[str, Path]:
     """The sources of the running Python's standard library, path inside it -> file, in order.
 

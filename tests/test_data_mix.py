@@ -108,8 +108,10 @@ def test_what_does_not_mix_is_refused(corpora: Any) -> None:
     sizes = {"vocab_size": 300, "corpora": {"bytes": corpora["small"], "learned": learned}}
     with pytest.raises(ValueError, match=r"data\.corpora\.bytes: data\.vocab_size=300 must be"):
         MixDataModule(**{"name": "mix"} | SIZES | sizes)
-    with pytest.raises(ValueError, match=r"data\.tokenizer=train: a mixture shares"):
-        mixture(corpora, tokenizer="train")
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer=train learns from each .* give data\.wei"
+    ):
+        mixture(corpora, tokenizer="train", vocab_size=280)
 
 
 def test_corpora_must_share_a_tokenizer(corpora: Any, cache: Path) -> None:  # noqa: F811
@@ -119,6 +121,32 @@ def test_corpora_must_share_a_tokenizer(corpora: Any, cache: Path) -> None:  # n
     first, *_ = sorted(cache.glob("text-*/tokenizer.json"))
     module = ready(mixture(learned, vocab_size=280, seq_len=4, tokenizer=str(first)))
     assert module.decode(module.encode("abc")) == "abc"
+
+
+@pytest.mark.parametrize("pack", ["stream", "documents"])
+def test_a_tokenizer_is_trained_on_all_corpora_by_their_weights(
+    tmp_path: Path, monkeypatch: Any, pack: str
+) -> None:
+    """Words of either corpus are tokens; of few characters, the heavier one gives more."""
+    monkeypatch.setattr("data.shared_tokenizer.TRAINING_CHARACTERS", 2000)
+    for number in range(20):
+        (tmp_path / f"small{number}.txt").write_text("attention selects " * 20)
+        (tmp_path / f"large{number}.txt").write_text("ATTENTION SELECTS " * 20)
+    corpora = {name: corpus(f"{name}*.txt", pack=pack) for name in ("small", "large")}
+    sizes = {"vocab_size": 264, "tokenizer": "train", "pack": pack, "seq_len": 8}
+    found = {}
+    for name, weights in (
+        ("small", {"small": 99, "large": 1}),
+        ("large", {"small": 1, "large": 99}),
+    ):
+        module = ready(mixture(corpora, weights=weights, **sizes))
+        assert all(c.tokenizer.state() == module.tokenizer.state() for c in module.corpora.values())
+        found[name] = [len(module.encode(text)) for text in ("attention", "ATTENTION")]
+        assert module.decode(module.encode("attention ATTENTION")) == "attention ATTENTION"
+    assert found["small"][0] < found["small"][1] and found["large"][0] > found["large"][1]
+    again = ready(mixture(corpora, weights={"small": 1, "large": 99}, **sizes))
+    assert again.tokenizer.state() == module.tokenizer.state()
+    assert len([*(tmp_path / "cache").glob("tokenizer-*/tokenizer.json")]) == 2
 
 
 class Corpus:

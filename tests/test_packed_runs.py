@@ -87,6 +87,7 @@ MIXTURE = (
     *("data.corpora.cubes.name=json", "data.corpora.cubes.data_files=cubes.jsonl"),
     *("+data@data.corpora.code=text", "data.corpora.code.paths=[files/*]", "data.val_tokens=600"),
     *("data.corpora.code.val_fraction=.2", "data.corpora.code.test_fraction=.2"),
+    *("data.tokenizer=train", "data.vocab_size=280"),
 )
 
 
