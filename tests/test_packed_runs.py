@@ -7,14 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from forked_runs import Signal, finished, run
 from test_data_modules import cache, ready  # noqa: F401 (a fixture)
-from test_data_packing import of_rows
-from test_train import ATTENTION, MODEL, make_module
-from torch import Tensor
+from test_train import ATTENTION, make_module
 
-from nsa.training.label_sums import label_sums
 from runs.document_alignment import document_alignment
 from runs.same_run import check_same_run
 
@@ -143,6 +139,28 @@ def test_the_recipe_of_documents_trains_in_small(folder: Path) -> None:
     assert len(rows_of(run_dir)) == 2
 
 
+def test_triton_trains_on_packed_documents_as_torch_does(folder: Path) -> None:
+    """A step of every kind of layer, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    small = ("data=hf", "data.name=json", "data.data_files=rows.jsonl", "data.pack=documents")
+    small += ("model.dim_head=16", "model.seq_len=48", "batch.sequences_per_step=1")
+    small += ("attention.selection_block_size=8", "attention.compress_block_size=4")
+    small += ("attention.compress_block_sliding_stride=2", "attention.sliding_window_size=8")
+    small += ("callbacks.attention_statistics=null", "batch.micro_batch_size=1")
+    small += ("model.heads=1", "trainer.max_steps=1", "val_every_n_steps=9")
+    small += ("trainer.limit_val_batches=0", "callbacks.samples=null")
+    rows = []
+    for backend in ("torch", "triton"):
+        run_dir = folder / f"by_{backend}"
+        options = [*TRAIN, *small, f"attention.backend={backend}", f"run_dir={run_dir}"]
+        finished(run(folder, options), folder)
+        rows += rows_of(run_dir)
+    assert f"backend  sdpa, {backend}" in output(folder)
+    for name in ("train/loss", "optim/grad_norm"):
+        by_torch, by_triton = (float(row[name]) for row in rows)
+        assert by_triton == pytest.approx(by_torch, rel=1e-5) and by_torch > 1
+
+
 def test_layers_that_mix_documents_are_refused() -> None:
     module = make_module()
     assert document_alignment(module, "documents") == ATTENTION["selection_block_size"]
@@ -150,44 +168,3 @@ def test_layers_that_mix_documents_are_refused() -> None:
     assert document_alignment(module, "stream") == 1
     with pytest.raises(ValueError, match=r"data\.pack=documents: Attention in model"):
         document_alignment(module, "documents")
-
-
-def of_document(batch: dict[str, Tensor], row: int, start: int) -> Tensor:
-    """The places of a row's document, as labels [B, T]."""
-    places = torch.zeros_like(batch["scored"])
-    places[row] = batch["document_starts"][row] == start
-    return places & batch["scored"]
-
-
-@pytest.mark.parametrize("cross_entropy", ["plain", "chunked"])
-def test_no_document_sees_its_neighbours(tmp_path: Path, cross_entropy: str) -> None:
-    """A window as the loader gives it, the neighbours of one document filled with other tokens."""
-    write_rows(tmp_path / "rows.jsonl", "squared")
-    windows = ready(of_rows(seq_len=96))._eval_windows("train")
-    found = [windows[i] for i in range(len(windows))]
-    window = max(found, key=lambda each: len(each["document_starts"].unique()))
-    batch = {name: x[None] for name, x in window.items()}
-    starts = batch["document_starts"].unique().tolist()
-    assert len(starts) >= 3
-    attention = ATTENTION | {"selection_block_size": 8, "backend": "torch"}
-    options = {"vocab_size": 256, "seq_len": 96, "attention": attention}
-    options["layer_pattern"] = ["nsa", "dense", "window"]
-    model = make_module(model=MODEL | options | {"depth": 3}).model
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-
-    def nats(tokens: Tensor, start: int) -> float:
-        found = label_sums(
-            model.double(), tokens, of_document(batch, 0, start),
-            document_starts=batch["document_starts"], cross_entropy=cross_entropy,
-        )  # fmt: skip
-        return found.nats.item()
-
-    for start in (starts[0], starts[1], starts[-1]):
-        other = batch["document_starts"] != start
-        perturbed = batch["tokens"].clone()
-        perturbed[:, :-1][other] = torch.randint(1, 256, (int(other.sum()),))
-        assert nats(perturbed, start) == pytest.approx(nats(batch["tokens"], start), abs=1e-5)
-        assert abs(nats(perturbed, starts[2]) - nats(batch["tokens"], starts[2])) > 0.1 or (
-            start == starts[2]
-        )

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import io
+import os
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
@@ -16,6 +17,10 @@ ROOT = Path(__file__).parent.parent
 for folder in ("callbacks", "data", "runs"):
     for path in sorted((ROOT / folder).rglob("[!_]*.py")):
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import vectorised_interpreter
+
+    vectorised_interpreter.install()
 Plugins.instance()  # finds the sweepers and launchers
 command_line.compose({}, [])
 draw_gates({0: [0.5, 0.5, 0.5]}, 1).savefig(io.BytesIO())  # loads fonts
