@@ -143,7 +143,7 @@ def test_triton_trains_on_packed_documents_as_torch_does(folder: Path) -> None:
     """A step of every kind of layer, in Triton's interpreter."""
     pytest.importorskip("triton")
     small = ("data=hf", "data.name=json", "data.data_files=rows.jsonl", "data.pack=documents")
-    small += ("model.dim_head=16", "model.seq_len=48", "batch.sequences_per_step=1")
+    small += ("model.dim_head=16", "model.seq_len=32", "batch.sequences_per_step=1")
     small += ("attention.selection_block_size=8", "attention.compress_block_size=4")
     small += ("attention.compress_block_sliding_stride=2", "attention.sliding_window_size=8")
     small += ("callbacks.attention_statistics=null", "batch.micro_batch_size=1")
