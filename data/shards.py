@@ -196,7 +196,7 @@ def lock_of(folder: Path) -> Path:
     return Path(f"{folder}.lock")
 
 
-def build_whole(folder: Path, build: Callable[[Path], None]) -> None:
+def build_whole(folder: Path, build: Callable[[Path], object]) -> None:
     """Let `build` write into a folder aside, which gets its name when it is complete.
 
     Only for the process that has the lock.
