@@ -37,6 +37,7 @@ compile-oldest: .venv/.installed ## compile every kernel with the oldest Triton 
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton-oldest triton==3.6.0
 	PYTHONPATH=.triton-oldest $(BIN)/python -m benchmarks.probes.compile_kernels --heads 64/4 --dim 128
 	PYTHONPATH=.triton-oldest $(BIN)/python -m benchmarks.probes.compile_kernels --heads 8/4 --dim 64
+	PYTHONPATH=.triton-oldest $(BIN)/python -m benchmarks.probes.compile_kernels --heads 64/4 --dim 192 --value-dim 128
 	PYTHONPATH=.triton-oldest $(BIN)/python -m benchmarks.probes.compile_kernels --heads 64/4 --dim 128 --documents
 
 soak: .venv/.installed ## kill a run twenty times at random moments and compare its weights

@@ -74,8 +74,9 @@ def layout_of(row: Mapping[str, str]) -> str:
 
 
 def in_words(layout: str) -> str:
-    heads, kv_heads, width = re.findall(r"\d+", layout)
-    return f"{heads} query heads, {kv_heads} key/value heads,\nhead dimension {width}"
+    heads, kv_heads, width, *values = re.findall(r"\d+", layout)
+    words = f"{heads} query heads, {kv_heads} key/value heads,\nhead dimension {width}"
+    return f"{words}, of values {values[0]}" if values else words
 
 
 def series(rows: Rows, layout: str, op: str, backend: str, column: str) -> Series:

@@ -1,9 +1,10 @@
 """What `benchmarks.attention` times of ours: the whole op and each of its ops.
 
-Letters: B batch (1 here), T tokens, H query heads, G key/value heads, D head dimension.
+Letters: B batch (1 here), T tokens, H query heads, G key/value heads, D head dimension, Dv that of
+values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,14 +33,22 @@ class Layout:
     heads: int
     kv_heads: int
     dim_head: int
+    dim_value: int | None = None  # of values, where it is another
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any]) -> "Layout":
+        """The layout that has these columns."""
+        widths = map(int, str(columns["dim_head"]).split("/"))
+        return cls(int(columns["heads"]), int(columns["kv_heads"]), *widths)
 
     @property
     def name(self) -> str:
-        return f"{self.heads}/{self.kv_heads} D{self.dim_head}"
+        return "{heads}/{kv_heads} D{dim_head}".format(**self.columns)
 
     @property
-    def columns(self) -> dict[str, int]:
-        return {"heads": self.heads, "kv_heads": self.kv_heads, "dim_head": self.dim_head}
+    def columns(self) -> dict[str, int | str]:
+        widths = f"{self.dim_head}/{self.dim_value}" if self.dim_value else self.dim_head
+        return {"heads": self.heads, "kv_heads": self.kv_heads, "dim_head": widths}
 
 
 LAYOUTS = {
@@ -47,6 +56,7 @@ LAYOUTS = {
     "32/8": Layout(32, 8, 128),
     "8/4": Layout(8, 4, 64),
     "16/16": Layout(16, 16, 128),
+    "64/4 D192/128": Layout(64, 4, 192, 128),
 }
 
 
@@ -61,23 +71,28 @@ class Workload:
     backend: str
     cfg: NSAConfig = PAPER
 
-    def new(self, heads: int) -> Tensor:
-        shape = (1, self.tokens, heads, self.layout.dim_head)
+    def new(self, heads: int, width: int) -> Tensor:
+        shape = (1, self.tokens, heads, width)
         return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def dim_value(self) -> int:
+        return self.layout.dim_value or self.layout.dim_head
 
     @cached_property
     def q(self) -> Tensor:
-        return self.new(self.layout.heads)
+        return self.new(self.layout.heads, self.layout.dim_head)
 
     @cached_property
     def q_rot(self) -> Tensor:
         """What the selected and the sliding branch take: in a layer, q rotated."""
-        return self.new(self.layout.heads)
+        return self.new(self.layout.heads, self.layout.dim_head)
 
     @cached_property
     def keys_and_values(self) -> list[Tensor]:
         """k and v of the compressed, the selected and the sliding branch."""
-        return [self.new(self.layout.kv_heads) for _ in range(6)]
+        widths = [self.layout.dim_head, self.dim_value] * 3
+        return [self.new(self.layout.kv_heads, width) for width in widths]
 
     @cached_property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +255,7 @@ def window(w: Workload) -> Item:
 
 
 def combine(w: Workload) -> Item:
-    inputs = (w.gates, *(w.new(w.layout.heads) for _ in range(3)))
+    inputs = (w.gates, *(w.new(w.layout.heads, w.dim_value) for _ in range(3)))
     check = w.compare(w.ops.combine, reference.combine, inputs, "out dgates da db dc")
     return Item(w.ops.combine, inputs, [check])
 

@@ -108,6 +108,18 @@ def test_triton_is_judged_in_both_loop_orders() -> None:
     assert [verdict.ok for verdict in verdicts] == [True, True]
 
 
+def test_values_may_be_narrower_than_keys() -> None:
+    layout = workloads.Layout(2, 1, 24, 16)
+    assert layout.columns["dim_head"] == "24/16" and layout.name == "2/1 D24/16"
+    assert workloads.Layout.of(layout.columns) == layout
+    assert workloads.Layout.of(workloads.LAYOUTS["8/4"].columns) == workloads.LAYOUTS["8/4"]
+    w = workloads.Workload(layout, 144, torch.float32, torch.device("cpu"), "torch")
+    for name in ("nsa", "combine", "pool"):
+        item = workloads.OURS[name](w)
+        assert all(check().ok for check in item.checks), name
+    assert plots.in_words(layout.name).endswith("head dimension 24, of values 16")
+
+
 def test_a_lost_job_costs_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

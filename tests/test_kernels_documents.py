@@ -38,6 +38,7 @@ CASES = {  # T, borders of each row in selection blocks, H, G, D, Dv, memory key
         50, [[*range(7)], [0, 2, 4, 9, 9, 9, 9]], 3, 1, 16, 16, 20,
         config(4, 2, 8, num_selected_blocks=2, num_local_blocks=1),
     ),
+    "D 192, Dv 128": (40, [[0, 1, 2]], 2, 1, 192, 128, 3, config(num_selected_blocks=2)),
     "odd sizes": (60, [[0, 2, 3], [0, 1, 2]], 2, 1, 24, 16, 0, config(7, 3, 9)),
     "three initial": (
         90, [[0, 2, 5]], 1, 1, 16, 16, 0,
@@ -61,7 +62,9 @@ def inputs_of(case: tuple) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tupl
     return heads(B, T, T, H, G, D, Dv), (random(B, C, G, D), random(B, C, G, Dv)), memory
 
 
-@pytest.mark.parametrize("name", ["paper, R 4", "memory, R 1", "many, R 3", "odd sizes"])
+@pytest.mark.parametrize(
+    "name", ["paper, R 4", "memory, R 1", "many, R 3", "odd sizes", "D 192, Dv 128"]
+)
 def test_compressed(name):
     case = CASES[name]
     (q, _, _), compressed, memory = inputs_of(case)
@@ -73,7 +76,7 @@ def test_compressed(name):
     assert_no_worse(partial(op, kernels), partial(op, reference), q, *compressed, *memory)
 
 
-@pytest.mark.parametrize("name", ["paper, R 4", "many, R 3"])
+@pytest.mark.parametrize("name", ["paper, R 4", "many, R 3", "D 192, Dv 128"])
 def test_window(name):
     case = CASES[name]
     told = {"cfg": case[-1], "document_starts": starts_of(case)}
@@ -91,6 +94,7 @@ def test_window(name):
         ("memory, R 1", "probability_sum", False),
         ("small", "logit_mean", True),
         ("odd sizes", "logit_mean", False),
+        ("D 192, Dv 128", "probability_sum", True),
         ("three initial", "probability_sum", True),
     ],
 )
@@ -170,8 +174,9 @@ def test_importance_at_blocks(name, importance):
 
 
 @pytest.mark.parametrize("tile_order", [True, False], ids=["tile order", "block order"])
-def test_gated(tile_order):
-    case = CASES["small"]
+@pytest.mark.parametrize("name", ["small", "D 192, Dv 128"])
+def test_gated(name, tile_order):
+    case = CASES[name]
     cfg, indices, starts = case[-1], selection(case, case[3]), starts_of(case)
     (q, k, v), compressed, _ = inputs_of(case)
 

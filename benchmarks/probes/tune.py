@@ -139,7 +139,7 @@ def work(told: Assignment, options: argparse.Namespace) -> None:
 def workload(job: Job, options: argparse.Namespace) -> Workload:
     torch.manual_seed(job["tokens"])
     on_gpu = options.device.type == "cuda"
-    layout = Layout(job["heads"], job["kv_heads"], job["dim_head"])
+    layout = Layout.of(job)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     cfg = PAPER if on_gpu else TINY_SIZES
     return Workload(layout, job["tokens"], dtype, options.device, "triton", cfg)

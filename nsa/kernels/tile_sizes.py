@@ -39,6 +39,10 @@ class Problem(NamedTuple):
     block: int = 0  # tokens of a block, in the block order
 
     @property
+    def value_width(self) -> int:
+        return padded(self.DV)
+
+    @property
     def width(self) -> int:
         return max(padded(self.D), padded(self.DV))
 
@@ -47,7 +51,8 @@ class Row(NamedTuple):
     """A tile, and up to where it is the one to take."""
 
     tile: Tile
-    width: int = 256  # padded head dimension
+    width: int = 256  # padded head dimension, of keys or values
+    value_width: int = 256  # of values alone
     R: int = ANY
     T: int = ANY
     block: int = ANY
@@ -57,6 +62,7 @@ class Row(NamedTuple):
     def holds(self, problem: Problem) -> bool:
         return (
             problem.width <= self.width
+            and problem.value_width <= self.value_width
             and problem.R <= self.R
             and problem.T <= self.T
             and problem.block <= self.block
@@ -66,7 +72,10 @@ class Row(NamedTuple):
 
 
 # The first row that holds. 16-bit inputs; the fastest on an H100 at 8k and 64k tokens, paper sizes,
-# as `python -m benchmarks.probes.tune` measured them (docs/kernel_log.md).
+# as `python -m benchmarks.probes.tune` measured them (docs/kernel_log.md). Those of wide keys with
+# values of at most 128 are not timed yet: of what compiles for sm_90 without spills in a loop, the
+# tiles whose matrix products wait for one another the least, so that keys of 192 and values of 128
+# have 64 rows a warp group.
 TILES = {
     "attend_fwd": (
         Row(Tile(64, 128, 4, 3), width=64, mask="bits"),
@@ -76,6 +85,8 @@ TILES = {
         Row(Tile(64, 64, 4, 3), width=128, mask="band"),
         Row(Tile(64, 64, 4, 3), width=128, R=1),
         Row(Tile(128, 64, 8, 3), width=128),
+        Row(Tile(64, 64, 4, 2), value_width=128, mask="band"),
+        Row(Tile(128, 64, 8, 2), value_width=128),
         Row(Tile(64, 64, 8, 2)),
     ),
     "attend_dq": (
@@ -84,6 +95,8 @@ TILES = {
         Row(Tile(64, 32, 4, 2), width=128, mask="band"),
         Row(Tile(64, 32, 4, 3), width=128, T=8192, mask="prefix"),
         Row(Tile(128, 64, 8, 3), width=128),
+        Row(Tile(64, 32, 4, 2), value_width=128, mask="band"),
+        Row(Tile(128, 32, 8, 3), value_width=128),
         Row(Tile(64, 32, 8, 2)),
     ),
     "attend_dkv": (
@@ -92,6 +105,7 @@ TILES = {
         Row(Tile(64, 64, 4, 2), width=128, mask="bits"),
         Row(Tile(32, 64, 4, 3), width=128, R=1, T=8192),
         Row(Tile(64, 64, 4, 2), width=128),
+        Row(Tile(64, 64, 8, 1), value_width=128),
         Row(Tile(32, 64, 8, 2)),
     ),
     "block_fwd": (
@@ -100,6 +114,7 @@ TILES = {
         Row(Tile(64, 0, 4, 3), width=128, block=64),
         Row(Tile(64, 0, 8, 2), width=128),
         Row(Tile(32, 0, 4, 2), block=32),
+        Row(Tile(64, 0, 4, 3), value_width=128, block=64),
         Row(Tile(32, 0, 8, 2)),
     ),
     "merge": (
@@ -113,6 +128,7 @@ TILES = {
         Row(Tile(64, 0, 4, 2), width=128, block=64),
         Row(Tile(64, 0, 8, 2), width=128),
         Row(Tile(32, 0, 4, 2), block=32),
+        Row(Tile(64, 0, 8, 2), value_width=128, block=64),
         Row(Tile(32, 0, 8, 2)),
     ),
     "select": (
