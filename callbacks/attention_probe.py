@@ -55,18 +55,12 @@ class AttentionProbe(EveryNSteps):
             if value < 1:
                 raise ValueError(f"{name}={value} of AttentionProbe must be at least 1")
         self.num_sequences, self.num_tiles = num_sequences, num_tiles
-        self._tokens: Tensor | None = None
+        self._read: dict[str, Tensor] = {}
         self._rows: list[Row] = []
         self._looked_at = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "pack", "stream") == "documents":
-            raise ValueError(
-                "callbacks=attention_probe looks at rows that are one document each: take "
-                "data.pack=stream, or leave the callback out"
-            )
         if not sparse_layers(pl_module):
             log.warning("attention_probe finds nothing to look at: the model has no NSA layer")
         kept = read_rows(run_folder(trainer) / FOLDER / TABLE)
@@ -81,11 +75,12 @@ class AttentionProbe(EveryNSteps):
         figures: dict[int, Figures] = {}
         look = partial(self._look, figures, trainer.is_global_zero)
         handles = [
-            layer.register_forward_pre_hook(partial(look, index)) for index, layer in layers.items()
+            layer.register_forward_pre_hook(partial(look, index), with_kwargs=True)
+            for index, layer in layers.items()
         ]
         try:
             with aside(trainer, pl_module):
-                pl_module.model(self._sequences(trainer).to(pl_module.device))  # type: ignore
+                pl_module.model(**self._sequences(trainer, pl_module.device))  # type: ignore
         finally:
             for handle in handles:
                 handle.remove()
@@ -106,21 +101,25 @@ class AttentionProbe(EveryNSteps):
         index: int,
         layer: nn.Module,
         inputs: tuple[Tensor, ...],
+        told: dict[str, Tensor],
     ) -> None:
         assert isinstance(layer, SparseAttention)
         if wanted:
-            figures[index] = probe(layer, inputs[0], self.num_tiles)
+            figures[index] = probe(layer, inputs[0], self.num_tiles, **told)
 
-    def _sequences(self, trainer: Any) -> Tensor:
-        """[B, T] token ids; the same at every look."""
-        if self._tokens is None:
-            rows: list[Tensor] = []
+    def _sequences(self, trainer: Any, device: torch.device) -> dict[str, Tensor]:
+        """Token ids [B, T], and where documents begin in packed rows; the same at every look."""
+        if not self._read:
+            rows: dict[str, list[Tensor]] = {}
             for batch in trainer.datamodule.val_dataloader():
-                rows += batch["tokens"][:, :-1].clamp(min=0)
-                if len(rows) >= self.num_sequences:
+                found = {"ids": batch["tokens"][:, :-1].clamp(min=0)}
+                found |= {name: batch[name] for name in ("document_starts",) if name in batch}
+                for name, array in found.items():
+                    rows.setdefault(name, []).extend(array)
+                if len(rows["ids"]) >= self.num_sequences:
                     break
-            self._tokens = torch.stack(rows[: self.num_sequences])
-        return self._tokens
+            self._read = {n: torch.stack(each[: self.num_sequences]) for n, each in rows.items()}
+        return {name: array.to(device) for name, array in self._read.items()}
 
     def _record(self, trainer: Trainer, figures: dict[int, Figures]) -> None:
         self._rows += rows_of(trainer.global_step, figures)

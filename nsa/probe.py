@@ -29,7 +29,10 @@ Figures = dict[str, Float[Tensor, "Q H"]]  # a number a query and head; NaN wher
 
 @torch.no_grad()
 def probe(
-    layer: SparseAttention, tokens: Float[Tensor, "B T M"], num_tiles: int = 8
+    layer: SparseAttention,
+    tokens: Float[Tensor, "B T M"],
+    num_tiles: int = 8,
+    document_starts: blocks.Starts = None,
 ) -> dict[str, Float[Tensor, " H"]]:
     """Figures of each head, in float64 on the CPU; NaN where no query has one.
 
@@ -56,8 +59,9 @@ def probe(
         layer: on any device, in any dtype that it computes in.
         tokens: its input, before the norm.
         num_tiles: tiles of `TILE` queries a sequence, evenly spread up to its end.
+        document_starts: see `nsa.documents`; what is not of a query's document does not count.
     """
-    x = layer.compress_and_rotate(layer.split_heads(tokens))
+    x = layer.compress_and_rotate(layer.split_heads(tokens), document_starts)
     found: defaultdict[str, list[Tensor]] = defaultdict(list)
     with torch.autocast(tokens.device.type, enabled=False):
         for sequence in range(tokens.shape[0]):

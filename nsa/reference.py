@@ -267,8 +267,8 @@ def sliding_window_attention(
     if positions is None or key_positions is None:
         mask = blocks.sliding_window(q.shape[1], cfg, q.device, document_starts=document_starts)
     else:
-        s = key_positions[:, None]
-        mask = blocks.in_window(positions[..., None], s, cfg) & (s >= 0)
+        s, t = key_positions[:, None], positions[..., None]
+        mask = blocks.in_window(t, s, cfg, blocks.each_query(document_starts)) & (s >= 0)
     return attend(scaled_scores(q, k), v, for_all_heads(mask))[0]
 
 

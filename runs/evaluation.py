@@ -38,6 +38,11 @@ def evaluate(options: Options) -> str:
     parts = parts_of(options, found, corpus)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     scorer = Scorer(found.model.to(device), corpus, options, window)
+    if options.stride and not scorer.slides:
+        raise ValueError(
+            f"stride={options.stride}: windows slide over a single text, not over packed documents "
+            "or a mixture: leave it out, or add data.pack=stream, or name one corpus"
+        )
     folder = options.out or default_folder(found)
     results: dict[str, Any] = {"checkpoint": str(found.checkpoint), "model": found.sizes["name"]}
     results |= scorer.protocol(device)
@@ -90,10 +95,7 @@ def corpus_of(found: Trained, options: Options) -> TokenDataModule:
     sizes = {"seq_len": options.window or found.model.seq_len, "num_workers": 0}
     sizes |= {"micro_batch_size": options.batch, "vocab_size": found.sizes["vocab_size"]}
     corpus = instantiate(config.data, **sizes)
-    if getattr(corpus, "corpora", None):
-        raise ValueError(
-            f"data={corpus.name} is a mixture: name one of its corpora, as data=stdlib does"
-        )
+    corpus.document_alignment = found.model.document_alignment or 1
     corpus.prepare_data()
     corpus.setup()
     if corpus.tokenizer.state() != found.tokenizer.state():
@@ -141,12 +143,13 @@ def summary(results: dict[str, Any]) -> str:
     lines = []
     metric = results["metric"]
     if bpb := results.get("bpb"):
-        for name in ("side_by_side", "sliding"):
-            row = bpb[name]
+        for name, row in bpb.items():
             lines.append(
                 f"{metric} {row[metric]:.4f} {name.replace('_', ' ')}: {row['labels']:,} labels, "
                 f"window {row['window']}, stride {row['stride']}"
             )
+            for corpus, part in row.get("corpora", {}).items():
+                lines.append(f"{metric} {part[metric]:.4f} {corpus}: {part['labels']:,} labels")
     if knockouts := results.get("knockouts"):
         lines += [
             f"without {row['branch']}: {metric} {row[metric]:.4f} ({row['change']:+.4f})"

@@ -7,14 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.metrics import ACCURACY
 from data.tasks.datamodule import RecallDataModule
 from nsa import blocks
 from nsa.attention import SparseAttention
-from nsa.training.label_sums import NOT_SCORED
 from runs.scorer import Scorer, SlidingWindows, Window, windows_of
 
 BRANCHES = ("compressed", "selected", "sliding")
@@ -27,45 +25,61 @@ SHORTEST = 64  # tokens of a text with a passkey
 
 
 def bits_per_byte(scorer: Scorer) -> dict[str, Any]:
-    """The whole split twice: windows side by side, and sliding by a stride.
+    """The whole split: windows side by side, and, over a single text, sliding by a stride.
 
     Sliding, each label but those of the first window sees at least window - stride tokens before
-    it. Every token but the first is a label exactly once, both ways.
+    it. Every token but the first is a label exactly once, both ways; of packed documents, every
+    token but the first of each.
     """
-    stride = scorer.options.stride or max(1, scorer.window // 2)
-    return {
-        name: {"window": scorer.window, "stride": step} | sliding(scorer, step, name)
-        for name, step in (("side_by_side", scorer.window), ("sliding", stride))
+    found = {"side_by_side": {"window": scorer.window, "stride": scorer.window} | beside(scorer)}
+    if scorer.slides:
+        stride = scorer.options.stride or max(1, scorer.window // 2)
+        found["sliding"] = {"window": scorer.window, "stride": stride} | sliding(scorer, stride)
+    return found
+
+
+def beside(scorer: Scorer) -> dict[str, Any]:
+    """All windows side by side; of a mixture, each corpus too."""
+    name = scorer.metric.name
+    totals = {
+        each: scorer.totals(scorer.windows(corpus), each) for each, corpus in scorer.corpora.items()
     }
+    nats, labels, correct = (sum(column) for column in zip(*totals.values(), strict=True))
+    found = {"labels": int(labels), name: scorer.value(nats, labels, correct)}
+    if len(totals) == 1:
+        return found
+    rows = {
+        each: {"labels": int(of[1]), name: scorer.value(*of, scorer.corpora[each])}
+        for each, of in totals.items()
+        if of[1]
+    }
+    return found | {"corpora": rows}
 
 
-def sliding(scorer: Scorer, stride: int, about: str) -> dict[str, Any]:
+def sliding(scorer: Scorer, stride: int) -> dict[str, Any]:
     windows: Any = SlidingWindows(scorer, stride)
-    return {"labels": windows.num_tokens - 1, scorer.metric.name: scorer.score(windows, about)}
+    value = scorer.score(windows, "sliding")
+    return {"labels": windows.num_tokens - 1, scorer.metric.name: value}
 
 
-@torch.no_grad()
 def by_position(scorer: Scorer) -> dict[str, Any]:
-    """Windows side by side; labels that see 1, 2, 3 to 4, 5 to 8, … tokens."""
+    """Windows side by side; labels that see 1, 2, 3 to 4, 5 to 8, … tokens of their document."""
     nats = torch.zeros(scorer.window, dtype=torch.float64)
     labels = torch.zeros(scorer.window, dtype=torch.float64)
     for each in scorer.batches(scorer.split(), "positions"):
-        tokens = each["tokens"]
-        with scorer.autocast():
-            logits = scorer.model(tokens[:, :-1].clamp(min=0))
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), tokens[:, 1:].flatten(),
-            ignore_index=NOT_SCORED, reduction="none",
-        ).view_as(tokens[:, 1:])  # fmt: skip
-        nats += losses.double().sum(0).cpu()
-        labels += (tokens[:, 1:] != NOT_SCORED).sum(0).cpu()
+        losses, scored = (of_label.cpu() for of_label in scorer.each_label(each))
+        place = torch.arange(scorer.window).expand(losses.shape)
+        if (starts := each.get("document_starts")) is not None:
+            place = place - starts.cpu()
+        nats.index_add_(0, place.flatten(), losses.double().flatten())
+        labels.index_add_(0, place.flatten(), scored.double().flatten())
     rows = []
     ends = [0, 1]
     while ends[-1] < scorer.window:
         ends.append(min(2 * ends[-1], scorer.window))
     for begin, end in pairwise(ends):
         if count := int(labels[begin:end].sum()):
-            value = scorer.value(float(nats[begin:end].sum()) / count)
+            value = scorer.value(float(nats[begin:end].sum()), count, 0)
             row = {"first": begin + 1, "last": end, "labels": count}
             rows.append(row | {scorer.metric.name: value})
     return {"rows": rows}

@@ -13,13 +13,21 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from data.base import TokenDataModule
+from data.mixture import MixedEvalWindows
+from data.packing import PackedEvalWindows, packing_of
 from data.sampler import EvalWindows
 from data.tasks.datamodule import RecallDataModule
 from nsa.attention import SparseAttention
-from nsa.training.label_sums import AUTO, NOT_SCORED, label_sums, resolve_cross_entropy
+from nsa.training.label_sums import (
+    AUTO,
+    NOT_SCORED,
+    each_label,
+    label_sums,
+    resolve_cross_entropy,
+)
 from nsa.transformer import Transformer
 
-Window = dict[str, Tensor]  # tokens [T + 1], and scored [T] where not all labels count
+Window = dict[str, Tensor]  # tokens [T + 1]; where needed also scored [T], document_starts [T]
 
 
 class Scorer:
@@ -61,20 +69,36 @@ class Scorer:
         mixed = self.options.precision == "bf16-mixed"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
 
-    @torch.no_grad()
     def score(self, windows: Sequence[Window], about: str, batch: int | None = None) -> float:
         """The metric over all scored labels of some windows."""
+        return self.value(*self.totals(windows, about, batch))
+
+    @torch.no_grad()
+    def totals(
+        self, windows: Sequence[Window], about: str, batch: int | None = None
+    ) -> tuple[float, float, float]:
+        """Nats, labels and right ones of some windows."""
         totals = torch.zeros(3, dtype=torch.float64)
         for each in self.batches(windows, about, batch):
             with self.autocast():
                 sums = label_sums(
                     self.model, each["tokens"], each.get("scored"),
+                    document_starts=each.get("document_starts"),
                     counts_correct=True, cross_entropy=self.cross_entropy,
                 )  # fmt: skip
             totals += torch.stack([part.double().cpu() for part in sums[:3] if part is not None])
         nats, labels, correct = totals.tolist()
-        per_token = self.corpus.bytes_per_token(self.options.split)
-        return self.metric.of(nats / labels, correct / labels, per_token)
+        return nats, labels, correct
+
+    @torch.no_grad()
+    def each_label(self, batch: Window) -> tuple[Tensor, Tensor]:
+        """The nats of each label of a batch, [B T], and which are scored."""
+        with self.autocast():
+            _, nats, _, scored = each_label(
+                self.model, batch["tokens"], batch.get("scored"),
+                document_starts=batch.get("document_starts"), cross_entropy=self.cross_entropy,
+            )  # fmt: skip
+        return nats, scored
 
     def batches(
         self, windows: Sequence[Window], about: str, batch: int | None = None
@@ -87,12 +111,30 @@ class Scorer:
             each = default_collate([windows[number] for number in range(start, stop)])
             yield {name: array.to(self.device) for name, array in each.items()}
 
+    @property
+    def corpora(self) -> dict[str, TokenDataModule]:
+        """Those of a mixture, by their names, or the one that there is."""
+        return getattr(self.corpus, "corpora", {}) or {self.corpus.name: self.corpus}
+
+    @property
+    def slides(self) -> bool:
+        """Whether the split is one text, over which windows can slide."""
+        return len(self.corpora) == 1 and self.corpus.pack == "stream"
+
     def split(self) -> Sequence[Window]:
-        """The windows of the split, side by side."""
-        name = self.options.split
+        """The windows of the split, side by side; of a mixture, one corpus after the other."""
         if isinstance(self.corpus, RecallDataModule):
-            return windows_of(self.corpus, name)
-        return EvalWindows(self.corpus.splits[name], self.window, self.options.max_tokens)  # type: ignore
+            return windows_of(self.corpus, self.options.split)
+        windows = [self.windows(corpus) for corpus in self.corpora.values()]
+        return windows[0] if len(windows) == 1 else MixedEvalWindows(windows)  # type: ignore
+
+    def windows(self, corpus: TokenDataModule) -> Sequence[Window]:
+        """Those of one corpus of text, packed as in training."""
+        split, limit = corpus.splits[self.options.split], self.options.max_tokens
+        if corpus.pack == "documents":
+            packing = packing_of(split, self.window, corpus.document_alignment, limit)
+            return PackedEvalWindows(split, packing)  # type: ignore[return-value]
+        return EvalWindows(split, self.window, limit)  # type: ignore[return-value]
 
     def sample(self) -> list[Window]:
         """`sample_windows` windows, evenly spread; the last one, which may be short, if all are."""
@@ -100,9 +142,12 @@ class Scorer:
         count = min(self.options.sample_windows, len(windows))
         return [windows[number * len(windows) // count] for number in range(count)]
 
-    def value(self, nats: float) -> float:
-        """Nats a label in the metric of text."""
-        return self.metric.of(nats, None, self.corpus.bytes_per_token(self.options.split))
+    def value(
+        self, nats: float, labels: float, correct: float, corpus: TokenDataModule | None = None
+    ) -> float:
+        """Totals in the metric of the data; those of one corpus of a mixture by its own bytes."""
+        per_token = (corpus or self.corpus).bytes_per_token(self.options.split)
+        return self.metric.of(nats / labels, correct / labels, per_token)
 
 
 def windows_of(task: RecallDataModule, split: str) -> Sequence[Window]:

@@ -17,6 +17,7 @@ from test_export import TINY
 import evaluate
 import export
 from callbacks.csv_logger import read_rows
+from nsa.training import label_sums
 from runs import evaluation, evaluation_parts, trained
 from runs.evaluation_parts import passkey_windows
 from runs.scorer import Scorer, SlidingWindows
@@ -96,6 +97,17 @@ def test_the_whole_split_gives_the_figure_of_the_run(folder: Path) -> None:
     mean = sum(row["bpb"] * row["labels"] for row in rows) / plain["labels"]
     assert mean == pytest.approx(plain["bpb"], abs=1e-5)
     assert (folder / "run" / "evaluation" / "positions.png").stat().st_size > 5_000
+
+
+def test_a_large_vocabulary_is_scored_without_its_logits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["what=positions", "max_tokens=400"]
+    plain = evaluated(folder, *words)["positions"]["rows"]
+    monkeypatch.setattr(label_sums, "CHUNKED_FROM", 256)
+    monkeypatch.setitem(label_sums.CROSS_ENTROPIES, "plain", None)
+    for row, other in zip(evaluated(folder, *words)["positions"]["rows"], plain, strict=True):
+        assert row == pytest.approx(other, abs=1e-5)
 
 
 @pytest.mark.parametrize(("stride", "limit"), [(64, None), (16, None), (1, 90), (63, 200), (5, 30)])

@@ -40,8 +40,10 @@ def test_figures_are_made_of_the_csv_alone(tmp_path: Path) -> None:
     assert (tmp_path / "evidence.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("arm", "least", "most"), [("nsa", 0.9, 1.0), ("window", 0.0, 0.1)])
-def test_nsa_finds_what_a_window_cannot_see(
+@pytest.mark.parametrize(
+    ("arm", "least", "most"), [("nsa", 0.9, 1.0), ("random", 0.0, 0.6), ("window", 0.0, 0.1)]
+)
+def test_nsa_selects_what_a_window_cannot_see(
     tmp_path: Path, arm: str, least: float, most: float
 ) -> None:
     words = ["experiment=recall_cpu", f"arm={arm}", "logger=csv", "callbacks=none", "run_dir=run"]

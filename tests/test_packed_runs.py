@@ -11,6 +11,8 @@ from forked_runs import Signal, finished, run
 from test_data_modules import cache, ready  # noqa: F401 (a fixture)
 from test_train import ATTENTION, make_module
 
+import evaluate
+from runs import evaluation
 from runs.document_alignment import document_alignment
 from runs.same_run import check_same_run
 
@@ -108,6 +110,26 @@ def test_the_loss_of_all_is_that_of_the_corpora_together(folder: Path) -> None:
     assert min(parts) < float(last["val/loss"]) < max(parts)
 
 
+def test_a_packed_mixture_is_evaluated_as_it_was_validated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("NSA_DATA_DIR", str(folder / "data"))
+    words = ["ckpt=mixture", "split=val", "max_tokens=600", "sample_windows=2", "n=1"]
+    said = evaluation.evaluate(evaluate.parse([*words, "what=bpb,positions,selection"]))
+    found = json.loads((folder / "mixture" / "evaluation" / "evaluate.json").read_text())
+    (last,) = [row for row in rows_of(folder / "mixture") if row["step"] == str(STEPS)]
+    (plain,) = found["bpb"].values()  # windows do not slide over documents
+    assert plain["bpb"] == pytest.approx(float(last["val/bpb"]), abs=1e-4)
+    for name, part in plain["corpora"].items():
+        assert part["bpb"] == pytest.approx(float(last[f"val/{name}/bpb"]), abs=1e-4)
+        assert f"{part['bpb']:.4f} {name}: {part['labels']:,} labels" in said
+    assert sum(part["labels"] for part in plain["corpora"].values()) == plain["labels"]
+    assert sum(row["labels"] for row in found["positions"]["rows"]) == plain["labels"]
+    with pytest.raises(ValueError, match="stride=8: windows slide over a single text"):
+        evaluation.evaluate(evaluate.parse([*words, "stride=8"]))
+
+
 def test_a_run_does_not_go_on_with_other_weights(folder: Path) -> None:
     others = "data.weights={squares:1,cubes:1,code:2}"
     assert run(folder, [*MIXTURE, others, f"run_dir={folder / 'mixture'}"]) == [1]
@@ -132,11 +154,14 @@ def test_the_recipe_of_documents_trains_in_small(folder: Path) -> None:
     small = ("model=nsa_tiny", "recipe=tiny", *TRAIN, "data=text", "data.paths=[files/*]")
     small += ("data.val_fraction=.2", "data.test_fraction=.2", "cross_entropy=chunked")
     options = ["experiment=bpe_documents", *small, "data.vocab_size=300", "val_every_n_steps=9"]
+    options += ["callbacks=attention_probe", "callbacks.attention_probe.num_sequences=1"]
     run_dir = folder / "recipe"
     finished(run(folder, [*options, "trainer.max_steps=2", f"run_dir={run_dir}"]), folder)
     told = output(folder)[output(folder).rindex("tokens per step") :]
     assert "packed documents" in told and re.search("cross-entropy  chunked", told), told
     assert len(rows_of(run_dir)) == 2
+    heads = (run_dir / "attention_probe" / "heads.csv").read_text()
+    assert heads.startswith("step,layer,head,gate_compressed")
 
 
 def test_triton_trains_on_packed_documents_as_torch_does(folder: Path) -> None:

@@ -151,6 +151,14 @@ def test_every_kind_of_layer_can_be_looked_at(options, num_tokens):
     torch.testing.assert_close(total, torch.ones(4, dtype=torch.float64))
 
 
+def test_documents_of_a_row_are_looked_at_apart():
+    attention, tokens = layer(num_compressed_mem_kv=1), torch.randn(1, 128, 16)
+    starts = torch.tensor([[0] * 64 + [64] * 64], dtype=torch.int32)
+    packed = probe(attention, tokens, document_starts=starts)
+    for name, figures in probe(attention, tokens.view(2, 64, 16)).items():
+        torch.testing.assert_close(packed[name], figures, equal_nan=True)
+
+
 def test_picks_inside_a_wide_window_are_wasted():
     tokens = torch.randn(1, 64, 16)
     assert (probe(layer(sliding_window_size=64), tokens)["picks_in_window"] == 1).all()
