@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from callbacks.signals import leave_on_signals
 from runs import resume
 from runs.output import outlive_readers
 
@@ -34,20 +35,21 @@ def sweeping() -> bool:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float | list[float] | None:
     # Here, since they bring torch in: help and a mistyped key are answered without it.
-    from callbacks.preemption import EXIT_CODE, Preempted, leave_on_signals
+    from callbacks.preemption import Preempted
     from runs.run import run_alone
     from runs.sweep import run_job
 
     for warning in NOT_FOR_USERS:  # here: every process that runs jobs of a sweep has its own
         warnings.filterwarnings("ignore", message=warning)
-    leave_on_signals()
+    leave_on_signals()  # likewise
     try:
         return run_job(cfg) if sweeping() else run_alone(cfg)
-    except Preempted:
-        sys.exit(EXIT_CODE)
+    except Preempted as told:
+        sys.exit(told.exit_code)
 
 
 if __name__ == "__main__":
+    leave_on_signals()
     outlive_readers()
     try:
         sys.argv[1:] = resume.arguments(sys.argv[1:])

@@ -1,7 +1,6 @@
 """A run that is told to end: a signal to any of its processes saves it and ends it."""
 
 import signal
-import sys
 from types import FrameType
 from typing import Any
 
@@ -10,24 +9,28 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from callbacks.signals import SIGNALS, exit_code, first_interrupt, heard
 from callbacks.step_checkpoint import StepCheckpoint
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # and SIGINT, in training
-EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+INTERRUPTED = "saving at the end of this step; Ctrl-C again ends at once, without saving"
 
 
 class Preempted(BaseException):
-    """The run was told to end, and is saved.
+    """The run was told to end, and is saved; `exit_code` is what the program ends with.
 
     Like KeyboardInterrupt, it is not an error: a sweep does not go on with its next job.
     """
+
+    def __init__(self, what: str, exit_code: int) -> None:
+        super().__init__(what)
+        self.exit_code = exit_code
 
 
 class Preemption(Callback):
     """Saves at the next optimizer step after a signal, then raises `Preempted`.
 
     The signals are SIGTERM, SIGUSR1, SIGHUP (the terminal was closed) and SIGINT (Ctrl-C). A second
-    Ctrl-C ends the run at once, without saving.
+    Ctrl-C ends the process at once, whatever it is doing and without saving.
 
     The signal may reach any rank: at every step the ranks tell one another, over a group of their
     own on the CPU, so that no device waits. A step is never cut in two: gradients that are being
@@ -41,9 +44,10 @@ class Preemption(Callback):
     """
 
     def __init__(self) -> None:
-        self._told = False  # this rank; one rank is enough
-        self._saved = False  # or about to be, because some rank was told
+        self._told = 0  # the signal that this rank was told by; one rank is enough
+        self._saved = 0  # or about to be, because some rank was told by this signal
         self._step = 0
+        self._leads = False  # rank zero speaks
         self._group: Any = None  # of all ranks, on the CPU; None for one process
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -57,19 +61,19 @@ class Preemption(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step, self._leads = trainer.global_step, trainer.is_global_zero
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
         loop: Any = trainer.fit_loop.epoch_loop
         if hasattr(loop, "_broadcast_sigterm_tensor"):  # Lightning's, in every micro-batch
             loop._broadcast_sigterm_tensor = lambda: None
-        for which in heard(*SIGNALS, signal.SIGINT):
+        for which in heard(*SIGNALS):
             self._handlers[which] = signal.signal(which, self._hear)
 
     def _hear(self, which: int, frame: FrameType | None) -> None:
-        self._told = True
+        self._told = max(which, self._told)
         if which == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # of the next Ctrl-C
+            first_interrupt(INTERRUPTED if self._leads else None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,19 +90,20 @@ class Preemption(Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._ask_all_ranks()
             for saver in savers(trainer):  # it comes last: the others have noted the result then
-                saver.asked = self._saved
+                saver.asked = bool(self._saved)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._saved:  # only now have the loggers what there is to say of the last step
-            raise Preempted(f"told to end: saved after step {trainer.global_step}")
+            what = f"told to end: saved after step {trainer.global_step}"
+            raise Preempted(what, exit_code(self._saved))
 
     def _ask_all_ranks(self) -> None:
-        told = torch.tensor([int(self._told)])
+        told = torch.tensor([self._told])
         if self._group is not None:
             dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        self._saved = bool(told)
+        self._saved = int(told)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_handlers()
@@ -110,23 +115,9 @@ class Preemption(Callback):
 
     def _restore_handlers(self) -> None:
         for which, handler in self._handlers.items():
-            signal.signal(which, handler)
+            if signal.getsignal(which) != signal.SIG_DFL:  # a second Ctrl-C stays the system's
+                signal.signal(which, handler)
         self._handlers = {}
-
-
-def leave_on_signals() -> None:
-    """End the program with EXIT_CODE on a signal, so that a cluster starts it again."""
-
-    def leave(which: int, frame: FrameType | None) -> None:
-        sys.exit(EXIT_CODE)
-
-    for which in heard(*SIGNALS):
-        signal.signal(which, leave)
-
-
-def heard(*signals: signal.Signals) -> list[signal.Signals]:
-    """Those that this program was not started to ignore, as it is by nohup, which hides SIGHUP."""
-    return [which for which in signals if signal.getsignal(which) != signal.SIG_IGN]
 
 
 def savers(trainer: Trainer) -> list[StepCheckpoint]:

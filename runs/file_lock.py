@@ -1,9 +1,11 @@
 """A lock on a path, of one process at a time, that says who it waits for."""
 
+import errno
+import fcntl
 import logging
 import os
 import socket
-import warnings
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 log = logging.getLogger(__name__)
 
+# What file systems answer that have no locks: Lustre, NFS, those of object stores.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 FIRST_LOOK = 2  # seconds to wait for another process without a word
 
 
@@ -25,7 +29,7 @@ class NamedLock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path)
+        self._lock = FileLock(path) if has_locks(path.parent) else SoftFileLock(path)
 
     def acquire(self, patience: float = -1) -> None:
         """Wait for it, at most so many seconds; below 0, as long as it takes.
@@ -42,11 +46,7 @@ class NamedLock:
 
     def take(self, patience: float = 0) -> None:
         """As `acquire`, without a word."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="flock not supported"
-            )  # the process that waits says so
-            self._lock.acquire(timeout=patience)
+        self._lock.acquire(timeout=patience)
         if not isinstance(self._lock, SoftFileLock):  # that one names its holder itself
             self.path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
 
@@ -66,6 +66,16 @@ class NamedLock:
             f"waiting for {self.holder()}, which holds {self.path}; if it is not running any more, "
             "delete that file"
         )
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the system can lock a file in this folder."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        try:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in NO_LOCKS
+    return True
 
 
 @contextmanager

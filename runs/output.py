@@ -7,7 +7,8 @@ from typing import TextIO
 
 
 class OutlivingStream(io.TextIOBase):
-    """A text stream that drops what is written once its reader has gone, as in `train.py | head`.
+    """A text stream that drops what is written once that fails: its reader has gone, as in
+    `train.py | head`, its terminal was closed, or its disk is full.
 
     A character that the encoding of the output lacks is written as a question mark.
     """
@@ -20,14 +21,14 @@ class OutlivingStream(io.TextIOBase):
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except BrokenPipeError:
+        except OSError:
             self._drop_from_now_on()
             return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self._drop_from_now_on()
 
     def fileno(self) -> int:
@@ -41,12 +42,15 @@ class OutlivingStream(io.TextIOBase):
         return self.stream.encoding
 
     def _drop_from_now_on(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
+        with nowhere() as dropped:
+            os.dup2(dropped.fileno(), self.stream.fileno())
 
 
 def outlive_readers() -> None:
     """From here on, a closed output or one of few characters ends nothing."""
-    sys.stdout = OutlivingStream(sys.stdout)
-    sys.stderr = OutlivingStream(sys.stderr)
+    sys.stdout = OutlivingStream(sys.stdout or nowhere())  # none where it was closed from the start
+    sys.stderr = OutlivingStream(sys.stderr or nowhere())
+
+
+def nowhere() -> TextIO:
+    return open(os.devnull, "w")

@@ -32,6 +32,7 @@ class Signal(NamedTuple):
     rank: int
     step: int
     micro_batch: int = 0
+    times: int = 1
 
 
 def run(
@@ -176,7 +177,8 @@ def arm(sent: Signal) -> None:
     def training_step(module, batch, batch_idx):
         accumulated = module.trainer.accumulate_grad_batches
         if (module.global_step, batch_idx % accumulated) == (sent.step, sent.micro_batch):
-            os.kill(os.getpid(), sent.which)
+            for _ in range(sent.times):
+                os.kill(os.getpid(), sent.which)
         return step(module, batch, batch_idx)
 
     NSALightningModule.training_step = training_step

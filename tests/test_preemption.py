@@ -14,7 +14,8 @@ from forked_runs import Signal, finished, run
 from tiny_run import OF_LIGHTNING, TinyModule, fit
 
 from callbacks.csv_logger import read_rows
-from callbacks.preemption import SIGNALS, Preempted, Preemption, heard, leave_on_signals
+from callbacks.preemption import Preempted, Preemption
+from callbacks.signals import SIGNALS, leave_on_signals
 from callbacks.step_checkpoint import StepCheckpoint
 from data.loader_signals import leave_signals_to_the_trainer
 
@@ -44,13 +45,13 @@ class SignalAt(TinyModule):
 @pytest.fixture(autouse=True)
 def signals_are_heard():
     """Also where whoever started the tests has them ignored, as a shell does in the background."""
-    ignored = [which for which in (*SIGNALS, signal.SIGINT) if not heard(which)]
-    for which in ignored:
+    before = {which: signal.getsignal(which) for which in SIGNALS}
+    for which in SIGNALS:
         default = signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL
         signal.signal(which, default)
     yield
-    for which in ignored:
-        signal.signal(which, signal.SIG_IGN)
+    for which, handler in before.items():
+        signal.signal(which, handler)
 
 
 def saver(folder: Path, every: int = 100) -> StepCheckpoint:
@@ -65,13 +66,15 @@ def saver(folder: Path, every: int = 100) -> StepCheckpoint:
     )
 
 
-@pytest.mark.parametrize("which", [*SIGNALS, signal.SIGINT])
+@pytest.mark.parametrize("which", SIGNALS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_signal_saves_at_the_end_of_its_step(
     tmp_path: Path, which: signal.Signals, accumulate: int
 ) -> None:
-    before = signal.getsignal(which)
-    with pytest.raises(Preempted, match="saved after step 3"):
+    interrupt = which == signal.SIGINT
+    # A second Ctrl-C is left to the system: nothing of this process can be in its way.
+    after = signal.SIG_DFL if interrupt else signal.getsignal(which)
+    with pytest.raises(Preempted, match="saved after step 3") as told:
         fit(
             tmp_path,
             saver(tmp_path),
@@ -80,22 +83,8 @@ def test_a_signal_saves_at_the_end_of_its_step(
             accumulate_grad_batches=accumulate,
         )
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
-    assert signal.getsignal(which) == before
-
-
-class ImpatientAt(SignalAt):
-    """Presses Ctrl-C twice in one step."""
-
-    def training_step(self, batch, batch_idx):
-        if ("training", self.global_step) == self.when:
-            os.kill(os.getpid(), self.which)
-        return super().training_step(batch, batch_idx)
-
-
-def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(tmp_path, saver(tmp_path), Preemption(), module=ImpatientAt(2, signal.SIGINT))
-    assert not list(tmp_path.glob("*.ckpt"))
+    assert signal.getsignal(which) == after
+    assert told.value.exit_code == (130 if interrupt else 143)
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
@@ -131,21 +120,18 @@ def test_the_last_step_ends_a_run_as_always(tmp_path: Path) -> None:
     assert trainer.global_step == 8
 
 
-class SignalInSanityCheck(TinyModule):
-    def validation_step(self, batch, batch_idx):
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_outside_training_a_signal_ends_the_program_at_once(
+    tmp_path: Path, which: signal.Signals, code: int
+) -> None:
+    class SignalInSanityCheck(TinyModule):
+        def validation_step(self, batch, batch_idx):
+            os.kill(os.getpid(), which)
 
-
-def test_outside_training_a_signal_ends_the_program_at_once(tmp_path: Path) -> None:
-    before = {which: signal.getsignal(which) for which in SIGNALS}
     leave_on_signals()
-    try:
-        with pytest.raises(SystemExit) as end:
-            fit(tmp_path, saver(tmp_path), Preemption(), module=SignalInSanityCheck())
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
-    assert end.value.code == 143 and not list(tmp_path.glob("*.ckpt"))
+    with pytest.raises(SystemExit) as end:
+        fit(tmp_path, saver(tmp_path), Preemption(), module=SignalInSanityCheck())
+    assert end.value.code == code and not list(tmp_path.glob("*.ckpt"))
 
 
 def test_a_run_that_is_preempted_often_keeps_no_more_checkpoints(tmp_path: Path) -> None:
@@ -188,8 +174,12 @@ def folder(tmp_path: Path) -> Path:
 def test_ctrl_c_and_a_closed_terminal_save_the_run_until_it_is_finished(folder: Path) -> None:
     command = [*TRAIN, "run_dir=outputs/mine", "float32_matmul_precision=medium"]
     mine, log = folder / "outputs" / "mine", folder / "run.log"
-    for which, step in ((signal.SIGINT, 1), (signal.SIGHUP, 3)):
-        assert run(folder, command, sent=Signal(which, 0, step)) == [143], log.read_text()[-3000:]
+    twice = Signal(signal.SIGINT, 0, 0, times=2)
+    assert run(folder, command, sent=twice) == [-signal.SIGINT]
+    assert "Ctrl-C again ends at once, without saving" in log.read_text()
+    assert not list(mine.glob("checkpoints/*.ckpt"))
+    for which, step, code in ((signal.SIGINT, 1, 130), (signal.SIGHUP, 3, 143)):
+        assert run(folder, command, sent=Signal(which, 0, step)) == [code], log.read_text()[-3000:]
         assert (mine / "checkpoints" / f"step_{step + 1}.ckpt").is_file()
         told = f"told to end: saved after step {step + 1}; it goes on with run_dir="
         assert told in log.read_text()

@@ -23,8 +23,9 @@ setup_globals()  # ${now:…}
 TAKE = """
 import sys
 from omegaconf import OmegaConf
-from runs.lock import RunLock
-RunLock().on_run_start(OmegaConf.create({"hydra": {"run": {"dir": sys.argv[1]}}}))
+import runs.lock
+runs.lock.PATIENCE = 0.1
+runs.lock.RunLock().on_run_start(OmegaConf.create({"hydra": {"run": {"dir": sys.argv[1]}}}))
 """
 
 
@@ -80,12 +81,12 @@ def test_a_folder_that_the_clock_names_is_a_new_one(tmp_path: Path) -> None:
     assert [name.partition("_")[2] for name in taken] == ["", "2", "3"]
 
 
-@pytest.fixture
-def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["ENOSYS", "ENOLCK"])
+def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on some file systems that several machines share."""
 
     def flock(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(getattr(errno, request.param), "no such lock here")
 
     monkeypatch.setattr(fcntl, "flock", flock)
 
