@@ -72,7 +72,7 @@ class Options:
             raise ValueError(
                 f"what={min(unknown)} is unknown: choose of {', '.join(PARTS)}, or auto"
             )
-        if self.ckpt != "last" and not Path(self.ckpt).exists():
+        if self.ckpt != "last" and not Path(self.ckpt).expanduser().exists():
             raise FileNotFoundError(f"ckpt={self.ckpt}: there is no such checkpoint or folder")
 
     def parts(self) -> list[str]:

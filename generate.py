@@ -67,7 +67,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name}={value} must lie between {least} and {most}")
-        if self.ckpt != "last" and not Path(self.ckpt).exists():
+        if self.ckpt != "last" and not Path(self.ckpt).expanduser().exists():
             raise FileNotFoundError(f"ckpt={self.ckpt}: there is no such checkpoint or run folder")
         for file in self.file:
             if str(file) != "-" and not file.is_file():

@@ -46,7 +46,7 @@ class Samples(EveryNSteps):
             if value < 1:
                 raise ValueError(f"{name}={value} of Samples must be at least 1")
         Draw(temperature=temperature, filter_thres=filter_thres)  # refuses what is out of range
-        self.prompt = prompt
+        self.prompt = None if prompt is None else str(prompt)  # Hydra reads 7 as a number
         self.prompt_tokens = prompt_tokens
         self.new_tokens = new_tokens
         self.temperature = temperature

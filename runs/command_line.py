@@ -113,14 +113,32 @@ def compose(flags: Flags, overrides: Sequence[str]) -> tuple[DictConfig, list[st
         return loader.load_configuration(name, list(overrides), RunMode.RUN), []
     except ConfigCompositionException:
         pass  # which of them, is asked one by one
-    values, groups = [], []
+    groups, values = groups_and_values(loader, overrides)
+    config = loader.load_configuration(name, groups, RunMode.RUN)
+    return config, [str(value.input_line) for value in values if not applied(value, config)]
+
+
+def defaults(flags: Flags, overrides: Sequence[str]) -> DictConfig:
+    """The config that the groups among the overrides make, before any value is set."""
+    setup_globals()
+    loader = config_loader(flags)
+    groups, _ = groups_and_values(loader, overrides)
+    name = str(flags.get("config_name", CONFIG))
+    return loader.load_configuration(name, groups, RunMode.RUN)
+
+
+def groups_and_values(
+    loader: ConfigLoaderImpl, overrides: Sequence[str]
+) -> tuple[list[str], list[Override]]:
+    """The overrides that choose which files make the config, and those that set values in it."""
+    groups, values = [], []
     for override in parse(overrides):
         key = override.key_or_group
-        chooses = loader.repository.group_exists(key) or key == "hydra.searchpath"
-        (groups if chooses else values).append(override)
-    typed_groups = [str(group.input_line) for group in groups]
-    config = loader.load_configuration(name, typed_groups, RunMode.RUN)
-    return config, [str(value.input_line) for value in values if not applied(value, config)]
+        if loader.repository.group_exists(key) or key == "hydra.searchpath":
+            groups.append(str(override.input_line))
+        else:
+            values.append(override)
+    return groups, values
 
 
 def config_loader(flags: Flags) -> ConfigLoaderImpl:

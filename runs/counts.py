@@ -1,4 +1,4 @@
-"""Options that count something are whole numbers: 1e3 is 1000; 2.5 or a word is refused by name."""
+"""Options that count something are whole numbers: 1e3 is 1000; 2.5, -3 or a word is refused."""
 
 import re
 from typing import Any
@@ -17,13 +17,15 @@ NEEDED = re.compile(  # of them, what has no meaning as null
     r"(max|warmup|val_every_n|log_every_n)_steps|(vocab|micro_batch)_size|sequences_per_step"
     r"|seed|seq_len|depth|dim|dim_head|heads|new_tokens|prompt_tokens|num_workers"
 )
+FROM_MINUS_ONE = re.compile(r"max_(steps|epochs)|save_top_k|devices")  # -1: all of them
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 def make_whole(cfg: DictConfig) -> None:
     """Turn every count of a config into an `int`.
 
     Raises:
-        ValueError: naming the first that is not a whole number.
+        ValueError: naming the first that is not a whole number, or too small.
     """
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     for path, value in flatten(settings, ""):
@@ -44,11 +46,16 @@ def whole(path: str, value: Any) -> Any:
         return value
     if name == "devices" and not isinstance(value, float):
         return value  # auto, a list, "0,1": the trainer's to read
-    if isinstance(value, float) and (value.is_integer() and not (is_share and value <= 1)):
-        return int(value)
+    if isinstance(value, float) and value.is_integer() and not (is_share and value <= 1):
+        value = int(value)
     if not allowed(value, is_share):
         also = " or a share between 0.0 and 1.0" if is_share else ""
         raise ValueError(f"{path}={value} must be a whole number{also}")
+    least = -1 if FROM_MINUS_ONE.fullmatch(name) else 0
+    if value < least:
+        raise ValueError(f"{path}={value} must be at least {least}")
+    if name == "seed" and value > LARGEST_SEED:
+        raise ValueError(f"{path}={value} must be at most {LARGEST_SEED}")
     return value
 
 

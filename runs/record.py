@@ -58,7 +58,11 @@ def flags_before(checkpoint: Path) -> dict[str, str | bool]:
     run = run_folder(checkpoint)
     if run is None or not (run / ".hydra" / "hydra.yaml").is_file():
         return {}
-    hydra = hydra_of(run)
+    return flags_of(hydra_of(run))
+
+
+def flags_of(hydra: Any) -> dict[str, str | bool]:
+    """The flags that Hydra was given to take configs from elsewhere than conf/."""
     sources = OmegaConf.select(hydra, "runtime.config_sources") or []
     typed = [source.path for source in sources if source.provider == "command-line"]
     flags: dict[str, str | bool] = {"config_dir": typed[0]} if typed else {}

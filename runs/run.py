@@ -29,6 +29,7 @@ from runs import export as exported
 from runs.division import Room, StepDivision, check_batch, share_of
 from runs.document_alignment import document_alignment
 from runs.folder import CHECKPOINTS, newest_first, write_text
+from runs.kinds import naming_odd_options
 from runs.same_run import check_same_run, flatten
 
 log = logging.getLogger(__name__)
@@ -49,16 +50,15 @@ class Run(NamedTuple):
     trainer: L.Trainer
 
 
+@naming_odd_options
 def build(cfg: DictConfig) -> Run:
     """Make everything, from the seed on; whatever can be refused is refused here."""
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
     refuse_to_begin_again(Path(cfg.run_dir), cfg.ckpt_path)
     counts.make_whole(cfg)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     check_settings(settings)
-    weights = settings["model"].pop(
-        "weights"
-    )  # where a run starts from does not belong to its model
+    weights = settings["model"].pop("weights")  # not of the model: where a run starts from
     torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     module = NSALightningModule(**{part: settings[part] for part in OF_MODULE})
     trainer = build_trainer(cfg)

@@ -8,7 +8,6 @@ from data.tokenizer import AnyTokenizer, restored_tokenizer
 from nsa.training.lightning_module import NSALightningModule
 from nsa.transformer import Transformer
 from runs import checkpoints, resume
-from runs.folder import CHECKPOINTS
 
 
 class Trained(NamedTuple):
@@ -22,16 +21,17 @@ class Trained(NamedTuple):
 
 
 def find(named: str, outputs: Path = Path("outputs")) -> Path:
-    """The checkpoint meant by `last`, by a run folder, or by a checkpoint's own path.
+    """The checkpoint meant by `last`, a run folder, its checkpoints/, or a checkpoint's own path.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if no checkpoint of the run is whole.
     """
-    path = resume.find_last(outputs, {}) if named == "last" else Path(named)
-    if not path.exists():
+    if named == "last":
+        return resume.newest_whole(resume.find_last(outputs, {}))
+    if not Path(named).expanduser().exists():
         raise FileNotFoundError(f"ckpt={named}: there is no such checkpoint or run folder")
-    return resume.newest_whole(path) if (path / CHECKPOINTS).is_dir() else path
+    return resume.named_checkpoint(named)
 
 
 def load(path: Path, *, backend: str = "auto") -> Trained:

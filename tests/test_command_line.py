@@ -215,6 +215,31 @@ def test_what_is_no_count_is_refused_by_name(path: str, value: object) -> None:
         counts.whole(path, value)
 
 
+def test_a_count_has_its_limits() -> None:
+    assert counts.whole("callbacks.checkpoint_last.save_top_k", -1) == -1
+    for path, value, limit in (
+        ("attention.compress_block_size", -1.0, "at least 0"),
+        ("trainer.max_steps", -2, "at least -1"),
+        ("seed", 2**32, "at most 4294967295"),
+    ):
+        with pytest.raises(ValueError, match=f"{path}={int(value)} must be {limit}"):
+            counts.whole(path, value)
+
+
+def test_options_of_another_kind_are_all_named(folder: Path) -> None:
+    words = ("optimizer.betas=1.5", "model.dropout=abc", "data.val_fraction=null", "+model.foo=1")
+    said = started(folder, *TINY, "name=odd", *words)
+    assert said.startswith("1") and "Traceback" not in said
+    for line in (
+        "optimizer.betas=1.5 must be a list",
+        "model.dropout=abc must be a number",
+        "data.val_fraction=null must be a number",
+        "model.foo=1 is not among the options of model",
+    ):
+        assert line in said
+    assert not (folder / "outputs" / "odd").exists()
+
+
 # What is said
 
 

@@ -228,7 +228,9 @@ def test_what_cannot_be_had_is_refused_before_work(folder: Path, tmp_path: Path)
         with pytest.raises(ValueError, match=message):
             evaluation.evaluate(evaluate.parse([run, *words, f"out={tmp_path / 'out'}"]))
     moved = tmp_path / "moved.ckpt"
-    shutil.copyfile(trained.find(str(folder / "run")), moved)
+    newest = trained.find(str(folder / "run"))
+    assert trained.find(str(folder / "run" / "checkpoints")) == newest
+    shutil.copyfile(newest, moved)
     with pytest.raises(ValueError, match="lies outside its run folder"):
         evaluation.evaluate(evaluate.parse([f"ckpt={moved}"]))
     with moved.open("r+b") as file:
