@@ -1,5 +1,6 @@
 """Text and documents as tokens, in batches of about `BATCH` bytes: a corpus is never held whole."""
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from data.permutation import mix
 from data.shards import ShardWriter
-from data.sources import Watch, pieces, release, unpacked
+from data.sources import Watch, join, pieces, release
 from data.token_split import SPLITS
 from data.tokenizer import AnyTokenizer
 
@@ -91,14 +92,15 @@ def write_document(
 def write_files(
     writer: ShardWriter, tokenizer: AnyTokenizer, splits: Mapping[Path, str], watch: Watch | None
 ) -> None:
-    """Each file, packed or plain, as a document of its split; `watch` is shown every block."""
-    for file, split in tqdm(splits.items(), desc="tokenize", unit=" files", delay=1):
-        blocks = list(unpacked(file))
-        if watch:
-            for block in blocks:
-                watch(file, block)
-        if any(blocks):
-            write_document(writer, tokenizer, split, np.frombuffer(b"".join(blocks), np.uint8))
+    """Each file, packed or plain, as a document of its split; `watch` is shown every block.
+
+    A file is mapped, unpacked, from the folder of the tokens: one may be larger than the memory.
+    """
+    with tempfile.TemporaryDirectory(dir=writer.folder) as scratch:
+        for file, split in tqdm(splits.items(), desc="tokenize", unit=" files", delay=1):
+            text = join([file], Path(scratch) / "document", watch)
+            if len(text):
+                write_document(writer, tokenizer, split, text)
 
 
 class Unread:

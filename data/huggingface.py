@@ -1,6 +1,5 @@
 """A Hugging Face dataset as batches of documents, and what is wrong where it cannot be read."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -15,15 +14,16 @@ from tqdm import tqdm
 
 from data import hub
 from data.documents import HELD, OFFSETS, Texts, documents, with_text
+from data.lines import broken_line, csv_rows
 from data.parquet import parquet_tables
 from data.shuffle import shuffled, shuffled_stream
-from data.sources import local_files, release, stamp, unpacked
+from data.sources import local_files, release, stamp
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, IterableDataset
 
 ROWS_VERSION = 3  # of what is taken for the rows of a split: tokens of other versions are made anew
-JSON_BLOCK = 1 << 22  # bytes of JSON Lines read at once
+READ = 1 << 22  # bytes of rows read at once
 PART = re.compile(r"[+\[]|^all$")  # in the name of what is only a part of a split, or a sum
 
 
@@ -189,7 +189,10 @@ class DatasetChoice:
             revision=self.revision,
         )
         if builder.name == "json":
-            cast(Any, builder.config).chunksize = JSON_BLOCK
+            cast(Any, builder.config).chunksize = READ
+        if builder.name == "csv" and (rows := csv_rows(self.files(), READ)):
+            options = cast(Any, builder.config)
+            options.chunksize = min(rows, options.chunksize)
         return builder
 
     def _saved(self, split: str) -> "Dataset | IterableDataset":
@@ -270,25 +273,3 @@ def refuse_rows(column: str, values: pa.Array, first: int) -> NoReturn:
         f"data.text_column={column!r} must hold text and holds {kind}: row {row} (counted from 0) "
         f"is {str(found[row])[:60]}"
     )
-
-
-def broken_line(files: list[Path], column: str) -> str | None:
-    """The first line of JSON Lines that is none, or has no text that UTF-8 can hold."""
-    for file in files:
-        lines = (line for line in text_lines(file) if line.strip())
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                str(row.get(column, "")).encode()
-            except (ValueError, AttributeError) as error:
-                return f"{file} line {number}: {error}"
-    return None
-
-
-def text_lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file, unpacked."""
-    rest = b""
-    for block in unpacked(file):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from transformers import PreTrainedTokenizerFast
 
 from data.datamodule import HuggingFaceDataModule, TextDataModule
-from data.huggingface import tables_of
+from data.huggingface import DatasetChoice, tables_of
 from data.parquet import PORTION, parquet_tables
 from data.tokenizer import (
     END_OF_TEXT,
@@ -402,6 +402,16 @@ def test_no_more_of_a_corpus_is_held_than_arrives_at_once(tmp_path: Path) -> Non
     stream = datasets.load_dataset("json", **options, streaming=True)
     arrived = [table.nbytes for table in tables_of(stream)]
     assert len(arrived) > 2 and max(arrived) < sum(arrived) / 2
+
+
+def test_csv_is_read_by_bytes_and_not_by_rows(tmp_path: Path) -> None:
+    long = [f"{i}, " + "long " * 50_000 for i in range(24)]  # 6 MB, in what was one portion
+    lines = "".join(f'{i},"{text}"\n' for i, text in enumerate(long))
+    (tmp_path / "a.csv").write_text(f"id,text\n{lines}")
+    choice = DatasetChoice("csv", None, "a.csv", None, "text", False, None)
+    tables, _ = choice._tables("train")
+    assert [len(table) for table in tables] == [16, 8]
+    assert everything(hf(name="csv", data_files="a.csv")) == long
 
 
 def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
