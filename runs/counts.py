@@ -1,7 +1,7 @@
 """Options that count something are whole numbers: 1e3 is 1000; 2.5, -3 or a word is refused."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -51,12 +51,17 @@ def whole(path: str, value: Any) -> Any:
     if not allowed(value, is_share):
         also = " or a share between 0.0 and 1.0" if is_share else ""
         raise ValueError(f"{path}={value} must be a whole number{also}")
-    least = -1 if FROM_MINUS_ONE.fullmatch(name) else 0
-    if value < least:
-        raise ValueError(f"{path}={value} must be at least {least}")
-    if name == "seed" and value > LARGEST_SEED:
-        raise ValueError(f"{path}={value} must be at most {LARGEST_SEED}")
+    check_limits(path, name, cast(float, value))
     return value
+
+
+def check_limits(path: str, name: str, count: int | float) -> None:
+    """Refuse a count below zero, or a seed that no generator takes."""
+    least = -1 if FROM_MINUS_ONE.fullmatch(name) else 0
+    if count < least:
+        raise ValueError(f"{path}={count} must be at least {least}")
+    if name == "seed" and count > LARGEST_SEED:
+        raise ValueError(f"{path}={count} must be at most {LARGEST_SEED}")
 
 
 def allowed(value: Any, is_share: bool) -> bool:
