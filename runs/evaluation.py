@@ -164,4 +164,6 @@ def summary(results: dict[str, Any]) -> str:
     for part in ("passkey", "recall"):
         if part in results:
             lines.append(f"{part}: accuracy {results[part]['accuracy']:.4f}")
+    for row in results.get("recall", {}).get("offsets", ()):
+        lines.append(f"key at {row['offset']:>2} of its block: accuracy {row['accuracy']:.4f}")
     return "\n".join(lines)

@@ -205,11 +205,18 @@ def found(scorer: Scorer, windows: Sequence[Window]) -> tuple[float, float]:
 
 
 def recall(scorer: Scorer) -> dict[str, Any]:
-    """Accuracy on the labels that the corpus asks for."""
-    windows = scorer.split()
+    """Accuracy on the labels that the corpus asks for; of the task straddle, at each offset too."""
+    task: Any = scorer.corpus
+    windows, name = scorer.split(), ACCURACY.name
     accuracy, whole = found(scorer, windows)
-    name = ACCURACY.name
-    return {"windows": len(windows), name: accuracy, "whole": whole}
+    result = {"windows": len(windows), name: accuracy, "whole": whole}
+    if task.task == "straddle":
+        split = scorer.options.split
+        result["offsets"] = [
+            {"offset": at, name: found(scorer, windows_of(task.at_offset(at), split))[0]}
+            for at in range(task.sizes.block_size)
+        ]
+    return result
 
 
 PARTS: dict[str, Callable[[Scorer], dict[str, Any]]] = {

@@ -169,6 +169,10 @@ def test_passkey_and_recall(folder: Path) -> None:
     found = evaluated(folder, *task, "what=recall")
     assert found["metric"] == "accuracy" and found["recall"]["windows"] == 8
     assert 0 <= found["recall"]["accuracy"] < 0.5
+    straddle = [*task, "data.task=straddle", "data.block_size=4", "data.offset=2"]
+    found = evaluated(folder, *straddle, "what=recall")["recall"]
+    assert [row["offset"] for row in found["offsets"]] == [0, 1, 2, 3]
+    assert found["offsets"][2]["accuracy"] == found["accuracy"]
 
 
 def test_who_knows_the_answers_has_them_all() -> None:

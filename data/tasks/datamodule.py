@@ -5,6 +5,8 @@ layer-deep search for one fact in a thousand tokens has next to no gradient at f
 is found soon, and what finds it there works on.
 """
 
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,12 @@ class RecallDataModule(TokenDataModule):
                     f"attention's block of {self.document_alignment}"
                 )
             self._made("train", np.random.Generator(np.random.Philox(0)), documents)
+
+    def at_offset(self, offset: int) -> "RecallDataModule":
+        """The task straddle with its keys at another place of a block."""
+        other = copy(self)
+        other.sizes = replace(self.sizes, offset=offset)
+        return other
 
     def num_documents(self, number: int) -> int:
         """How many documents share a training window."""
