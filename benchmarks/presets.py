@@ -30,11 +30,14 @@ QUIET = (
     *("logger=csv", "test=false", "val_every_n_steps=1000000", "trainer.limit_val_batches=1"),
     *("trainer.num_sanity_val_steps=0", "callbacks.samples=null"),
     *("callbacks.attention_statistics=null", "callbacks.loss_plot=null"),
-    *("callbacks.checkpoint_best=null", "callbacks.checkpoint_last=null"),
-    # Without callbacks.preemption Lightning has all ranks agree on SIGTERM in every micro-batch.
+    # Without callbacks.preemption Lightning has all ranks agree on SIGTERM in every micro-batch, and
+    # that needs callbacks.checkpoint_last, which saves once, at the end.
+    "callbacks.checkpoint_best=null",
     "+callbacks.trace._target_=benchmarks.step_trace.StepTrace",
 )
 MEDIUM_TOKENS = 131_072  # a step
+LONGEST = (131_072, 262_144)  # tokens of a sequence
+VOCABULARY = 32_768  # of these, though the text is bytes: the loss is then the chunked one
 
 
 class Job(NamedTuple):
@@ -48,7 +51,10 @@ class Job(NamedTuple):
 
 
 def presets() -> list[Job]:
-    """The presets as they ship, each with its dense twin; then lengths, twin by twin."""
+    """The presets as they ship, each with its dense twin; then lengths, twin by twin.
+
+    The longest, one sequence a step, keep no activations but the blocks' inputs.
+    """
     jobs = []
     for size, tokens, sequences, steps in (("small", 1024, 32, 200), ("medium", 8192, 16, 30)):
         for kind in ("nsa", "dense"):
@@ -65,6 +71,11 @@ def presets() -> list[Job]:
         for kind in ("nsa", "dense"):
             name = f"{kind}_medium"
             jobs.append(Job(name, tokens, sequences, 24, (f"model={name}", *sizes)))
+    for tokens in LONGEST:
+        for name in ("nsa_large", "dense_large", "nsa_medium", "dense_medium"):
+            words = (f"model={name}", f"model.seq_len={tokens}", "batch.sequences_per_step=1")
+            words += ("activation_checkpointing=full", f"model.vocab_size={VOCABULARY}")
+            jobs.append(Job(name, tokens, 1, 12, words))
     return jobs
 
 

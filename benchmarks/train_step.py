@@ -54,7 +54,7 @@ BACKENDS_AT_MOST = {"reference": 4096, "torch": 4096}  # tokens: its memory grow
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    sizes = ("example", "medium", "small", "tiny")
+    sizes = ("example", "large", "medium", "small", "tiny")
     powers = [2**n * 1024 for n in range(7)]
     best = resolve_backend("auto")
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=["example", "medium", "small"])
@@ -66,7 +66,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="of these also the compiled model, and CUDA graphs of it",
     )  # fmt: skip
     parser.add_argument("--vocab", type=int, default=256, help="tokens of vocabulary")
-    parser.add_argument("--tokens-per-step", type=int, default=65536, help="of small and medium")
+    parser.add_argument(
+        "--tokens-per-step", type=int, default=65536,
+        help="of all sizes but example; a longer sequence is a step alone",
+    )  # fmt: skip
+    parser.add_argument("--activation-checkpointing", choices=parallel.KEPT, default="none")
     parser.add_argument("--seconds", type=float, default=1.5, help="of repeating a step")
     parser.add_argument("--warm-seconds", type=float, default=150.0, help="compiling ahead; 0: not")
     workers.common_options(parser, minutes=8.5)
@@ -112,7 +116,7 @@ def model_options(
 
 
 def batch_size(size: str, tokens: int, options: argparse.Namespace) -> int:
-    per_step = EXAMPLE_TOKENS if size == "example" else options.tokens_per_step
+    per_step = EXAMPLE_TOKENS if size == "example" else max(options.tokens_per_step, tokens)
     if per_step % tokens:
         raise Unavailable(f"{per_step} tokens a step are not whole sequences of {tokens}")
     return per_step // tokens
@@ -121,9 +125,11 @@ def batch_size(size: str, tokens: int, options: argparse.Namespace) -> int:
 def columns(size: str, job: Job, options: argparse.Namespace) -> dict[str, Any]:
     """What is known of a row before it is measured."""
     kind, backend = job[0].split(maxsplit=1)
+    name = f"{kind}_{size}" + (f" V{options.vocab}" if options.vocab != 256 else "")
+    kept = options.activation_checkpointing
     return {
         "suite": "train_step",
-        "op": f"{kind}_{size}" + (f" V{options.vocab}" if options.vocab != 256 else ""),
+        "op": name + (f" checkpointing {kept}" if kept != "none" else ""),
         "backend": backend,
         "tokens": job[1],
         "batch": batch_size(size, job[1], options),
@@ -179,6 +185,7 @@ def build(size: str, job: Job, options: argparse.Namespace, depth: int | None = 
         model = Transformer(**built["model"] | ({"depth": depth} if depth else {}))
     compile = COMPILE[how[0]] if how else False
     torch._dynamo.reset()  # each model and length is a program of its own; frees the last graphs
+    parallel.checkpoint_activations(model, options.activation_checkpointing)
     parallel.compile_blocks(model, compile)
     graphs = compile == parallel.REPLAYED
     batch = batch_size(size, job[1], options)

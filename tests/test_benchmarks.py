@@ -203,6 +203,19 @@ def test_a_training_step_has_sane_numbers() -> None:
     json.dumps({**train_step.columns("tiny", job, options), **row})  # plain values only
 
 
+def test_a_long_sequence_is_a_step_alone_and_keeps_fewer_activations() -> None:
+    arguments = "--device cpu --tokens-per-step 32 --sizes large --kinds nsa --tokens 64"
+    words = [*arguments.split(), "--backends", "reference", "--activation-checkpointing", "full"]
+    options = train_step.parse(words)
+    (job,) = train_step.jobs_of("tiny", options)
+    assert train_step.batch_size("tiny", 64, options) == 1
+    assert train_step.columns("tiny", job, options)["op"] == "nsa_tiny checkpointing full"
+    step = train_step.build("tiny", job, options, depth=1)
+    assert all(block.checkpoint is not None for block in step.model.blocks)
+    before = step()
+    assert step() < before
+
+
 def test_kernels_are_added_up_by_name() -> None:
     def event(name: str, microseconds: int, device: str = "CUDA", named: bool = False):
         time = SimpleNamespace(elapsed_us=lambda: microseconds)

@@ -34,6 +34,7 @@ def test_every_command_composes_to_what_its_row_says(job: presets.Job, tmp_path:
     assert (cfg.model.seq_len, cfg.batch.sequences_per_step) == (job.tokens, job.sequences)
     assert cfg.trainer.max_steps == job.steps and cfg.batch.micro_batch_size == "auto"
     assert cfg.callbacks.trace.folder == cfg.run_dir == str(tmp_path / "run")
+    assert cfg.callbacks.preemption and cfg.callbacks.checkpoint_last, "one needs the other"
 
 
 def test_steps_are_timed_and_become_a_row(tmp_path: Path) -> None:
