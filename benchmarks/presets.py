@@ -30,8 +30,8 @@ QUIET = (
     *("logger=csv", "test=false", "val_every_n_steps=1000000", "trainer.limit_val_batches=1"),
     *("trainer.num_sanity_val_steps=0", "callbacks.samples=null"),
     *("callbacks.attention_statistics=null", "callbacks.loss_plot=null"),
-    # Without callbacks.preemption Lightning has all ranks agree on SIGTERM in every micro-batch, and
-    # that needs callbacks.checkpoint_last, which saves once, at the end.
+    # Without callbacks.preemption Lightning has all ranks agree on SIGTERM in every micro-batch. It
+    # needs callbacks.checkpoint_last, which saves once, at the end.
     "callbacks.checkpoint_best=null",
     "+callbacks.trace._target_=benchmarks.step_trace.StepTrace",
 )
