@@ -108,13 +108,14 @@ def test_flex_documents_are_those_of_the_reference(monkeypatch) -> None:
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-def test_triton_documents_are_those_of_the_reference() -> None:
+@pytest.mark.parametrize("lengths", [[16, 16, 16], LENGTHS["edges"][:6]])
+def test_triton_documents_are_those_of_the_reference(lengths: list[int]) -> None:
     pytest.importorskip("triton")
     options = dict(dim_head=16, compress_mlp=MeanPool())
     module, judge = (LAYERS["paper"](**options, backend=name) for name in ("triton", "reference"))
     judge.load_state_dict(randomised(module).float().state_dict())
-    x = torch.randn(1, 48, 12, requires_grad=True)
-    starts = document_starts(torch.tensor([[0, 16, 32]]), 48)
+    starts = laid_out(lengths, BLOCK).document_starts
+    x = torch.randn(1, starts.shape[1], 12, requires_grad=True)
     results = []
     for each, dtype in ((module, torch.float32), (judge.double().eval(), torch.float64)):
         out = each(x.to(dtype), document_starts=starts)
