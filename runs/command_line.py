@@ -51,10 +51,18 @@ def read(words: Sequence[str]) -> CommandLine:
     """Flags and overrides, however they were mixed.
 
     Raises:
-        ValueError: for a word that is empty.
+        ValueError: for a word that is empty, or an option written as a flag.
         SystemExit: for a flag that Hydra does not have; after --version.
     """
     parser = get_args_parser()
+    flags = parser._option_string_actions
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if word[:2] == "--" and equals and not any(flag.startswith(name) for flag in flags):
+            raise ValueError(
+                f"{word}: options are written without hyphens, as {word.lstrip('-')}; in the file "
+                "of a W&B sweep, ${args_no_hyphens} stands for them"
+            )
     choices = next(action.choices for action in parser._actions if action.dest == "info") or ()
     pairs = zip(words, [*words[1:], ""], strict=True)
     words = ["--info=all" if w in INFO and after not in choices else w for w, after in pairs]

@@ -178,6 +178,12 @@ def test_no_flag_is_left_out() -> None:
     }
 
 
+def test_an_option_written_as_a_flag_is_explained() -> None:
+    with pytest.raises(ValueError, match=r"written without hyphens, as optimizer\.lr=0\.1"):
+        command_line.read(["seed=1", "--optimizer.lr=0.1"])
+    assert command_line.read(["--config-d=extra"]).flags == {"config_dir": "extra"}
+
+
 def test_a_search_without_a_sweep_is_refused(folder: Path) -> None:
     assert "add -m, or leave it out" in started(folder, "hparams_search=sparsity")
 

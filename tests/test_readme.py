@@ -18,7 +18,7 @@ PAGES = (
     "docs/benchmarks.md",
 )
 PAGES += ("docs/paper_in_code.md", "docs/evaluation.md", "docs/data.md")
-TOOLS = ("source", "pip", "make", "torchrun", "sbatch", "pre-commit", "git")
+TOOLS = ("source", "pip", "make", "torchrun", "sbatch", "pre-commit", "git", "lm_eval")
 MAKES = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PLACES = ("ckpt_path", "resume", "run_dir")  # answered before Hydra starts
 
