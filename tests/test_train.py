@@ -467,7 +467,8 @@ def test_jobs_side_by_side_outlive_a_refused_one_and_have_a_wandb_run_each(folde
     (outputs,) = (folder / "outputs" / "sweeps").iterdir()
     with (outputs / "sweep.csv").open(newline="") as file:
         errors = {row["overrides"].split()[0]: row["error"] for row in csv.DictReader(file)}
-    assert errors.pop("attention.num_selected_blocks=-1").startswith("num_selected_blocks=-1")
+    refused = errors.pop("attention.num_selected_blocks=-1")
+    assert refused.startswith("attention.num_selected_blocks=-1 must be at least 0")
     assert list(errors.values()) == ["", ""]
     assert (outputs / "sweep.md").is_file() and (outputs / "sweep.png").is_file()
     runs = [path.read_text().strip() for path in outputs.glob("*/wandb_id.txt")]
