@@ -71,9 +71,9 @@ def warn_if_phi_is_large(layer: nn.Module, networks: list[nn.Module]) -> None:
     if 2 * phi > whole:
         _warn_once(
             f"φ ({type(networks[0]).__name__}, for keys and for values) has "
-            f"{phi / 1e6:.1f} of this layer's {whole / 1e6:.1f} million parameters "
-            f"({phi / whole:.0%}): compress_mlp=AttentionPool(dim_head, compress_block_size), "
-            "MeanPool(), or a small compress_mlp_expand_factor are lighter"
+            f"{phi:,} of this layer's {whole:,} parameters ({phi / whole:.0%}): "
+            "compress_mlp=AttentionPool(dim_head, compress_block_size), MeanPool(), or a small "
+            "compress_mlp_expand_factor are lighter"
         )
 
 
