@@ -67,7 +67,9 @@ def by_position(scorer: Scorer) -> dict[str, Any]:
     nats = torch.zeros(scorer.window, dtype=torch.float64)
     labels = torch.zeros(scorer.window, dtype=torch.float64)
     for each in scorer.batches(scorer.split(), "positions"):
-        losses, scored = (of_label.cpu() for of_label in scorer.each_label(each))
+        sums = scorer.sums(each)
+        assert sums.of_each is not None and sums.scored is not None
+        losses, scored = sums.of_each.cpu(), sums.scored.cpu()
         place = torch.arange(scorer.window).expand(losses.shape)
         if (starts := each.get("document_starts")) is not None:
             place = place - starts.cpu()

@@ -21,7 +21,7 @@ from nsa.attention import SparseAttention
 from nsa.training.label_sums import (
     AUTO,
     NOT_SCORED,
-    each_label,
+    LabelSums,
     label_sums,
     resolve_cross_entropy,
 )
@@ -73,32 +73,26 @@ class Scorer:
         """The metric over all scored labels of some windows."""
         return self.value(*self.totals(windows, about, batch))
 
-    @torch.no_grad()
     def totals(
         self, windows: Sequence[Window], about: str, batch: int | None = None
     ) -> tuple[float, float, float]:
         """Nats, labels and right ones of some windows."""
         totals = torch.zeros(3, dtype=torch.float64)
         for each in self.batches(windows, about, batch):
-            with self.autocast():
-                sums = label_sums(
-                    self.model, each["tokens"], each.get("scored"),
-                    document_starts=each.get("document_starts"),
-                    counts_correct=True, cross_entropy=self.cross_entropy,
-                )  # fmt: skip
+            sums = self.sums(each, counts_correct=True)
             totals += torch.stack([part.double().cpu() for part in sums[:3] if part is not None])
         nats, labels, correct = totals.tolist()
         return nats, labels, correct
 
     @torch.no_grad()
-    def each_label(self, batch: Window) -> tuple[Tensor, Tensor]:
-        """The nats of each label of a batch, [B T], and which are scored."""
+    def sums(self, batch: Window, *, counts_correct: bool = False) -> LabelSums:
+        """What the model scores on a batch, and on each of its labels."""
         with self.autocast():
-            _, nats, _, scored = each_label(
+            return label_sums(
                 self.model, batch["tokens"], batch.get("scored"),
-                document_starts=batch.get("document_starts"), cross_entropy=self.cross_entropy,
+                document_starts=batch.get("document_starts"),
+                counts_correct=counts_correct, cross_entropy=self.cross_entropy,
             )  # fmt: skip
-        return nats, scored
 
     def batches(
         self, windows: Sequence[Window], about: str, batch: int | None = None

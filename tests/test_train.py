@@ -153,7 +153,7 @@ def test_scored_labels_may_stand_anywhere_and_the_input_stays_whole() -> None:
     tokens = Counting.sequences(0, 2)
     scored = torch.zeros(2, SEQ_LEN, dtype=torch.bool)
     scored[0, 3] = scored[1, 0] = scored[1, 7] = True
-    nats, count, correct, _ = label_sums(model, tokens, scored, counts_correct=True)
+    nats, count, correct, *_ = label_sums(model, tokens, scored, counts_correct=True)
     logits = model(tokens[:, :-1])
     places = scored.nonzero().tolist()
     by_hand = -sum(logits.log_softmax(-1)[b, t, tokens[b, t + 1]] for b, t in places)

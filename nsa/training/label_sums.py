@@ -25,7 +25,10 @@ class LabelSums(NamedTuple):
     nats: Num[Tensor, ""]  # cross-entropy, in float32
     labels: Num[Tensor, ""]  # how many are scored
     correct: Num[Tensor, ""] | None = None  # how many the model predicts, where counted
-    of_rows: Num[Tensor, "B 2"] | None = None  # nats and labels of each row, without gradients
+    # Of one batch, without gradients:
+    of_rows: Num[Tensor, "B 2"] | None = None  # nats and labels of each row
+    of_each: Float[Tensor, "B T"] | None = None  # nats of each label, 0 where it is not scored
+    scored: Bool[Tensor, "B T"] | None = None  # which labels are
 
 
 def label_sums(
@@ -43,33 +46,16 @@ def label_sums(
     a document where `document_starts` tells them apart (`nsa.documents`). `cross_entropy` is one of
     `CROSS_ENTROPIES`; all but "plain" need a `Transformer`.
     """
-    nats, of_each, correct, counted = each_label(
-        model, tokens, scored, document_starts=document_starts,
-        counts_correct=counts_correct, cross_entropy=cross_entropy,
-    )  # fmt: skip
-    of_rows = torch.stack([of_each.detach().sum(dim=1), counted.sum(dim=1)], dim=1)
-    return LabelSums(nats, counted.sum(), correct, of_rows)
-
-
-def each_label(
-    model: Callable[..., Tensor],
-    tokens: Int[Tensor, "B T1"],
-    scored: Bool[Tensor, "B T"] | None = None,
-    *,
-    document_starts: Int[Tensor, "B T"] | None = None,
-    counts_correct: bool = False,
-    cross_entropy: str = "plain",
-) -> tuple[Tensor, Float[Tensor, "B T"], Tensor | None, Bool[Tensor, "B T"]]:
-    """As `label_sums`: the sum of nats, the nats of each label (0 where it is not scored), how many
-    are right, and which are scored.
-    """
     labels = tokens[:, 1:]
     if scored is not None:
         labels = labels.masked_fill(~scored, NOT_SCORED)
     ids = tokens[:, :-1].clamp(min=0)
     told = {} if document_starts is None else {"document_starts": document_starts}
     compute = CROSS_ENTROPIES[cross_entropy]
-    return *compute(partial(model, ids, **told), labels, counts_correct), labels != NOT_SCORED
+    nats, of_each, correct = compute(partial(model, ids, **told), labels, counts_correct)
+    counted, of_each = labels != NOT_SCORED, of_each.detach()
+    of_rows = torch.stack([of_each.sum(dim=1), counted.sum(dim=1)], dim=1)
+    return LabelSums(nats, counted.sum(), correct, of_rows, of_each, counted)
 
 
 Nats = tuple[Tensor, Float[Tensor, "B T"], Tensor | None]  # summed; of each label; correct ones
