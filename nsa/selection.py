@@ -9,6 +9,7 @@ All of them keep n blocks, the forced ones first (`blocks.priority`), so that on
 differ. Letters as in `nsa.reference`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from nsa.config import NSAConfig
 
 SELECTIONS = ("learned", "random", "oracle", "none")
 LOW_BITS = (1 << 32) - 1
+# Not compiled: TorchInductor makes a kernel of its sort that takes minutes to compile.
+top_blocks: Callable[..., Tensor] = torch.compiler.disable(reference.top_blocks)  # type: ignore
 
 
 def check_selection(selection: str) -> str:
@@ -87,7 +90,7 @@ def random_blocks(
     drawn = mixed(seeds[:, None] + mixed(t + 1))  # [B T]
     drawn = mixed(mixed(drawn[..., None] + j)[..., None] + s)  # [B T J S]
     at = {"positions": positions, "document_starts": document_starts}
-    return reference.top_blocks(drawn.double(), cfg, num_tokens=num_tokens, **at)
+    return top_blocks(drawn.double(), cfg, num_tokens=num_tokens, **at)
 
 
 def mixed(x: Int[Tensor, "*N"]) -> Int[Tensor, "*N"]:
@@ -111,7 +114,7 @@ def oracle_blocks(
     """The blocks of the largest `attention_mass`."""
     at = {"positions": positions, "document_starts": document_starts}
     mass = attention_mass(q, k, cfg, shared, **at)
-    return reference.top_blocks(mass, cfg, num_tokens=k.shape[1], **at)
+    return top_blocks(mass, cfg, num_tokens=k.shape[1], **at)
 
 
 def attention_mass(

@@ -2,6 +2,7 @@
 
 import copy
 
+import forked_runs
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +95,28 @@ def test_random_blocks_change_with_step_sequence_query_head_and_layer() -> None:
     pairs = [(fixed, other_layer), (first, second), (first[0], first[1])]
     pairs += [(first[:, :, 0], first[:, :, 1]), (first[:, 76], first[:, 77])]
     assert not any(torch.equal(a, b) for a, b in pairs)
+
+
+def test_compiled_programs_hold_no_sort() -> None:
+    """TorchInductor would make a kernel of it that takes minutes to compile.
+
+    In a process of its own: the tests' type checks cannot be traced.
+    """
+    program = """
+import torch
+from nsa.attention import SparseAttention
+for selection in ("random", "oracle"):
+    called = []
+    def keep(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+    attn = SparseAttention(16, 8, 4, 5, 6, 4, 8, 4, kv_heads=2, selection=selection).eval()
+    tokens = torch.randn(2, 70, 16)
+    torch.testing.assert_close(torch.compile(attn, backend=keep)(tokens), attn(tokens))
+    assert called and not any("sort" in target for target in called), called
+"""
+    result = forked_runs.python(program)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_transformer_gives_each_layer_a_seed_of_its_own() -> None:

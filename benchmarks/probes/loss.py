@@ -49,15 +49,18 @@ def learn(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
     return nats.detach(), *torch.autograd.grad(nats, (hidden, weight))
 
 
-def replayed(*given: Tensor) -> tuple[Tensor, ...]:
+def replayed(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """What a CUDA graph of the chunked loss computes."""
+    # New leaves: PyTorch runs a leaf's gradient on the stream that first used it.
+    hidden, weight = (each.detach().requires_grad_() for each in (hidden, weight))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        learn(chunked, *given)
+        learn(chunked, hidden, weight, labels)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        found = learn(chunked, *given)
+        found = learn(chunked, hidden, weight, labels)
     graph.replay()
     return found
 
