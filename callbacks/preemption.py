@@ -1,6 +1,7 @@
 """A run that is told to end: a signal to any of its processes saves it and ends it."""
 
 import signal
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -38,6 +39,9 @@ class Preemption(Callback):
     first; the run is saved before it as well, in case the time is too short. The last step of a
     run ends it as always.
 
+    Where ranks wait for data between two steps (`data.waiting`), a signal ends the wait.
+    If the data will not come, the run is saved as well before it ends with that error.
+
     In place of Lightning's own handling, which waits for the device in every micro-batch, hangs
     when a signal reaches one rank alone, and elsewhere ends a run as if it were finished. Outside
     training, where there is nothing to save, the handlers of `leave_on_signals` stand.
@@ -69,6 +73,10 @@ class Preemption(Callback):
             loop._broadcast_sigterm_tensor = lambda: None
         for which in heard(*SIGNALS):
             self._handlers[which] = signal.signal(which, self._hear)
+        wait: Any = getattr(trainer.datamodule, "step_wait", None)  # type: ignore[attr-defined]
+        if wait is not None:
+            wait.meet = partial(self._meet, trainer)
+            wait.before_giving_up = partial(save_between_steps, trainer)
 
     def _hear(self, which: int, frame: FrameType | None) -> None:
         self._told = max(which, self._told)
@@ -96,8 +104,19 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._saved:  # only now have the loggers what there is to say of the last step
-            what = f"told to end: saved after step {trainer.global_step}"
-            raise Preempted(what, exit_code(self._saved))
+            raise told_to_end(trainer, self._saved)
+
+    def _meet(self, trainer: Trainer, own: Any) -> list[Any]:
+        """What each rank says between two steps, unless one of them has been told to end."""
+        said = [(own, self._told)]
+        if self._group is not None:
+            said = [said[0]] * trainer.world_size
+            dist.all_gather_object(said, said[0], group=self._group)
+        values, told = zip(*said, strict=True)
+        if any(told):
+            save_between_steps(trainer)
+            raise told_to_end(trainer, max(told))
+        return list(values)
 
     def _ask_all_ranks(self) -> None:
         told = torch.tensor([self._told])
@@ -118,6 +137,18 @@ class Preemption(Callback):
             if signal.getsignal(which) != signal.SIG_DFL:  # a second Ctrl-C stays the system's
                 signal.signal(which, handler)
         self._handlers = {}
+
+
+def told_to_end(trainer: Trainer, which: int) -> Preempted:
+    step = trainer.global_step
+    what = f"saved after step {step}" if step else "before its first step was done"
+    return Preempted(f"told to end: {what}", exit_code(which))
+
+
+def save_between_steps(trainer: Trainer) -> None:
+    """Save the last step, where that has not been done."""
+    for saver in savers(trainer):
+        saver.save_between_steps(trainer)
 
 
 def savers(trainer: Trainer) -> list[StepCheckpoint]:

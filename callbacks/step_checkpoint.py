@@ -1,6 +1,8 @@
 """Checkpoints every n optimizer steps that a run can go on from exactly."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +82,38 @@ class StepCheckpoint(RunCheckpoint):
         if not self._should_skip_saving_checkpoint(trainer):
             self.save(trainer)
 
+    def save_between_steps(self, trainer: Trainer) -> None:
+        """Save the step that is done, unless it is saved already."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            with counted_as_in_the_last_batch(trainer):
+                self.save(trainer)
+
     def save(self, trainer: Trainer) -> None:
         """Save now, whatever the cadence, and also where this step was saved before."""
         candidates = self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+
+@contextmanager
+def counted_as_in_the_last_batch(trainer: Trainer) -> Iterator[None]:
+    """Lightning's counts as they were in `on_train_batch_end`, where it expects to be saved.
+
+    It counts the last batch itself where a run goes on from there, and does not validate it again.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches = (loop.batch_progress.total, loop.batch_progress.current)
+
+    def count(change: int) -> None:
+        loop._batches_that_stepped += change
+        for each in batches:
+            each.completed += change
+
+    count(-1)
+    try:
+        yield
+    finally:
+        count(1)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -17,9 +17,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from data.chapter_windows import ChapterWindows, ReadyBatches
+from data.chapter_windows import ChapterWindows
 from data.chapters import Chapters
 from data.checks import check_at_least, check_lengths, check_pack
 from data.loader_signals import leave_signals_to_the_trainer
@@ -36,6 +36,7 @@ from data.shards import (
 )
 from data.token_split import SPLITS, TokenSplit
 from data.tokenizer import AnyTokenizer, ByteTokenizer, saved_tokenizer
+from data.waiting import StepLoader, StepWait
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
         self.splits: dict[str, TokenSplit] = {}
         self.chapters: Chapters | None = None
         self._windows: ChapterWindows | None = None
+        self.step_wait = StepWait()
         self.tokenizer: AnyTokenizer = ByteTokenizer()
 
     @abstractmethod
@@ -184,12 +186,8 @@ class TokenDataModule(L.LightningDataModule, ABC):
         rank = self.trainer.global_rank if self.trainer else 0
         if self.trainer and self.trainer.local_rank == 0:
             self.prepare_rest()
-        batches = ReadyBatches(self._train_batches(rank), self.wait_for)
-        return self._loader(self._train_windows(), batches)
-
-    def wait_for(self, sample: int) -> None:
-        """Return once a training sample can be read."""
-        self._train_windows().wait_for(sample)
+        batches, options = self._train_batches(rank), self._loading
+        return StepLoader(self._train_windows(), self.step_wait, batch_sampler=batches, **options)
 
     def samples_of(self, step: int, rank: int, micro_batch: int) -> list[int]:
         """The samples that a rank sees in one micro-batch of a training step, by their numbers.
@@ -247,20 +245,20 @@ class TokenDataModule(L.LightningDataModule, ABC):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )
-        return self._loader(windows, batches)
+        return DataLoader(windows, batch_sampler=batches, **self._loading)
 
-    def _loader(self, dataset: Dataset, batches: Sampler[list[int]]) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_signals_to_the_trainer,
-            pin_memory=torch.cuda.is_available(),
+    @property
+    def _loading(self) -> dict[str, Any]:
+        """The options of every loader."""
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": leave_signals_to_the_trainer,
+            "pin_memory": torch.cuda.is_available(),
             # An iterator draws a seed for its workers: from here, so that the model's random
             # numbers do not depend on how often a loader was started.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
 
     def bytes_per_token(self, split: str) -> float:
         """Mean bytes of text that a token of the split stands for."""

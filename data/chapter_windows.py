@@ -7,13 +7,12 @@ prepared as a whole.
 """
 
 import logging
-import time
+import multiprocessing
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 from data.background import Background
 from data.chapters import Chapters
@@ -21,15 +20,13 @@ from data.packing import PackedTrainWindows, Packing, packing_of
 from data.permutation import mix
 from data.sampler import TrainWindows
 from data.token_split import TokenSplit
+from data.waiting import LOOK_S, TrainingSamples, alone, wait_for
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.2  # seconds between two looks for the next chapter
-PATIENCE_S = 5.0  # of waiting without a word
 
-
-class ChapterWindows(Dataset):
-    """Sample number -> a window of its chapter, endless; see `wait_for`.
+class ChapterWindows(TrainingSamples):
+    """Sample number -> a window of its chapter.
 
     Args:
         chapters: those that are there.
@@ -45,8 +42,9 @@ class ChapterWindows(Dataset):
         self.preparation: Background | None = None  # of the chapters to come, in its own process
         self._windows: list[Any] = []
         self._ends = [0]  # of chapters, in windows
-        self._failure: str | None = None
+        self._failure: str | None = None  # as it was told
         self._open()
+        self._released = None if chapters.complete else multiprocessing.Event()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"preparation": None}
@@ -57,8 +55,9 @@ class ChapterWindows(Dataset):
 
     def place(self, sample: int) -> tuple[int, int]:
         """The chapter of a sample, and the sample's number among those of that chapter."""
-        while not self._has(sample):  # in a loader process, whose trainer saw it come
-            time.sleep(LOOK_S)
+        while not self._has(sample):  # in a loader process, which is ahead of its trainer
+            if self._released is not None and self._released.wait(LOOK_S):
+                raise InterruptedError("training is over")
         epoch, index = divmod(sample, self._ends[-1]) if self.chapters.complete else (0, sample)
         chapter = bisect_right(self._ends, index) - 1
         first, end = self._ends[chapter : chapter + 2]
@@ -70,32 +69,48 @@ class ChapterWindows(Dataset):
         return samples / self._ends[-1] if self.chapters.complete else None
 
     def begun(self, samples: int) -> list[dict[str, Any]]:
-        """The indices of the chapters that the first so many samples are from."""
-        self.wait_for(samples - 1)
+        """The indices of the chapters that the first so many samples are from, once all are there.
+
+        Raises:
+            ChildProcessError: one will not come, since preparing it failed.
+        """
+        wait_for(self, [samples - 1], alone)
         number = sum(first < max(samples, 1) for first in self._ends[:-1])
         return self.chapters.indices[:number]
 
-    def wait_for(self, sample: int) -> None:
-        """Return once the chapter of a sample is there; a long wait is told.
+    @property
+    def complete(self) -> bool:  # type: ignore[override]
+        return self.chapters.complete
 
-        Raises:
-            ChildProcessError: it will not come, since preparing it failed.
-        """
-        began, told = time.monotonic(), False
-        while not self._has(sample):
-            self._say_what_failed(waiting=True)
-            time.sleep(LOOK_S)
-            if self.preparation and not told and time.monotonic() - began > PATIENCE_S:
-                told = True
-                log.info("%s, all seen: training waits for more", self._there())
-        if told:
-            log.info("training goes on after %.0f s: %s", time.monotonic() - began, self._there())
-        self._say_what_failed(waiting=False)
+    def lacking(self, samples: Sequence[int]) -> list[TrainingSamples]:
+        return [] if self._has(max(samples)) else [self]
+
+    def failure(self) -> str | None:
+        failure = self.preparation and self.preparation.failure()
+        if not failure or self.chapters.look():  # what came last is still to be had
+            return None
+        there = self.chapters.there()
+        return f"{self._what_failed(failure)}. Training has seen all there is: {there}"
+
+    def say_what_failed(self) -> None:
+        failure = self.preparation and self.preparation.failure()
+        if failure and failure != self._failure:
+            what = self._what_failed(failure)
+            log.error("%s. Training goes on with what is there: %s", what, self.chapters.there())
+        self._failure = failure
+
+    def say(self, what: str) -> None:
+        if self.preparation is not None:
+            log.info("%s, %s", self._prepared(), what)
+
+    def release(self) -> None:
+        if self._released is not None:
+            self._released.set()
 
     def stop_preparation(self) -> None:
         """End the preparation of chapters that nobody is going to read."""
         if self.preparation is not None and self.preparation.running:
-            log.info("%s; a run that needs more goes on from there", self._there())
+            log.info("%s; a run that needs more goes on from there", self._prepared())
             self.preparation.stop()
         self.preparation = None
 
@@ -123,35 +138,8 @@ class ChapterWindows(Dataset):
             packing = packing_of(split, self.seq_len, packing.alignment)
         return PackedTrainWindows(split, packing, seed), len(packing)
 
-    def _say_what_failed(self, *, waiting: bool) -> None:
-        """Of the preparation: at once, and as the end of the run when it is waited for."""
-        failure = self.preparation and self.preparation.failure()
-        if not failure or (waiting and self.chapters.look()):
-            return
-        what = f"{self.chapters.folder.name}: preparing the next chapter failed: {failure}"
-        if waiting:
-            raise ChildProcessError(
-                f"{what}. Training has seen all there is: {self.chapters.there()}"
-            )
-        if failure != self._failure:
-            log.error("%s. Training goes on with what is there: %s", what, self.chapters.there())
-        self._failure = failure
+    def _what_failed(self, failure: str) -> str:
+        return f"{self.chapters.folder.name}: preparing the next chapter failed: {failure}"
 
-    def _there(self) -> str:
+    def _prepared(self) -> str:
         return f"{self.chapters.folder.name}: {self.chapters.there()} prepared"
-
-
-class ReadyBatches(Sampler[list[int]]):
-    """Batches of sample numbers, each once `wait_for` has returned for all of its samples."""
-
-    def __init__(self, batches: Sampler[list[int]], wait_for: Callable[[int], None]) -> None:
-        self.batches, self.wait_for = batches, wait_for
-
-    def __len__(self) -> int:
-        return len(self.batches)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
-            for sample in batch:
-                self.wait_for(sample)
-            yield batch

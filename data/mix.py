@@ -112,16 +112,14 @@ class MixDataModule(TokenDataModule):
         for corpus in self.corpora.values():
             corpus.prepare_rest()
 
-    def wait_for(self, sample: int) -> None:
-        self._train_windows().wait_for(sample)
-
     def teardown(self, stage: str) -> None:
         for corpus in self.corpora.values():
             corpus.teardown(stage)
 
     def identity(self, samples: int) -> dict[str, Any]:
-        """Of the corpora, each after its share of the samples in whole periods."""
-        found = {n: c.identity(self._share(n, samples)) for n, c in self.corpora.items()}
+        """Of the corpora, each after its own of the samples."""
+        drawn = dict(zip(self.corpora, self._train_windows().schedule.drawn(samples), strict=True))
+        found = {name: corpus.identity(drawn[name]) for name, corpus in self.corpora.items()}
         return {
             "corpus": found,
             "train_tokens": sum(each["train_tokens"] for each in found.values()),

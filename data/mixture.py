@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.permutation import mix, permuted
+from data.permutation import mix, permuted, permuted_each
+from data.waiting import TrainingSamples
 
 PERIOD = 10_000  # samples
 
@@ -59,21 +60,41 @@ class Schedule:
         corpus = bisect_right(self.ends, slot)
         return corpus, slot - self.ends[corpus] + (period + 1) * self.quotas[corpus]
 
+    def drawn(self, samples: int) -> list[int]:
+        """How many of the first so many samples each corpus has."""
+        periods, rest = divmod(samples, PERIOD)
+        slots = permuted_each(np.arange(rest, dtype=np.uint64), PERIOD, mix(self.seed, periods))
+        last = np.bincount(np.searchsorted(self.ends, slots, "right"), minlength=len(self.quotas))
+        return [periods * quota + int(n) for quota, n in zip(self.quotas, last, strict=True)]
 
-class MixedTrainWindows(Dataset):
+
+class MixedTrainWindows(TrainingSamples):
     """Sample number -> a window of one of the corpora, and `corpus`, the number of that."""
 
-    def __init__(self, windows: Sequence[Any], schedule: Schedule) -> None:
+    def __init__(self, windows: Sequence[TrainingSamples], schedule: Schedule) -> None:
         self.windows, self.schedule = windows, schedule
 
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
         corpus, own = self.schedule.place(sample)
         return self.windows[corpus][own] | {"corpus": torch.tensor(corpus)}
 
-    def wait_for(self, sample: int) -> None:
-        """Return once the sample's corpus has it."""
-        corpus, own = self.schedule.place(sample)
-        self.windows[corpus].wait_for(own)
+    @property
+    def complete(self) -> bool:  # type: ignore[override]
+        return all(each.complete for each in self.windows)
+
+    def lacking(self, samples: Sequence[int]) -> list[TrainingSamples]:
+        own: dict[int, list[int]] = {}
+        for corpus, sample in map(self.schedule.place, samples):
+            own.setdefault(corpus, []).append(sample)
+        return [part for corpus in own for part in self.windows[corpus].lacking(own[corpus])]
+
+    def say_what_failed(self) -> None:
+        for each in self.windows:
+            each.say_what_failed()
+
+    def release(self) -> None:
+        for each in self.windows:
+            each.release()
 
 
 class MixedEvalWindows(Dataset):

@@ -101,6 +101,11 @@ class TrainBatches(Sampler[list[int]]):
         first = (micro_batches * self.world_size + self.rank) * self.micro_batch_size
         return list(range(first, first + self.micro_batch_size))
 
+    def of_step(self, step: int) -> range:
+        """The sample numbers of a step, counted from 0, over all ranks."""
+        size = self.micro_batch_size * self.accumulate * self.world_size
+        return range(step * size, (step + 1) * size)
+
 
 class EvalBatches(Sampler[list[int]]):
     """The window numbers of one rank's batches. Every rank gets as many batches, all full.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_data_modules import SIZES, cache, ready  # noqa: F401 (a fixture)
 
-from data import chapter_windows, preparation
+from data import preparation, waiting
 from data.chapter_windows import ChapterWindows
 from data.chapters import Chapters, chapter_folder
 from data.datamodule import HuggingFaceDataModule
@@ -118,14 +118,14 @@ def test_max_tokens_are_of_all_chapters_together() -> None:
 
 
 def test_training_waits_for_a_chapter_and_says_so(monkeypatch: Any, caplog: Any) -> None:
-    monkeypatch.setattr(chapter_windows, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(waiting, "PATIENCE_S", 0.0)
     caplog.set_level("INFO")
     module = corpus()
     windows = module._train_windows()
     windows.preparation = SimpleNamespace(failure=lambda: None)
     writer = threading.Thread(target=lambda: (time.sleep(0.5), finish(module)))
     writer.start()
-    windows.wait_for(windows._ends[-1])
+    assert waiting.wait_for(windows, [windows._ends[-1]], waiting.alone) == windows.complete
     writer.join()
     told = [record.getMessage() for record in caplog.records if "training" in record.getMessage()]
     assert (
@@ -138,12 +138,12 @@ def test_training_waits_for_a_chapter_and_says_so(monkeypatch: Any, caplog: Any)
 def test_a_failure_is_told_at_once_and_ends_training_once_it_is_waited_for(caplog: Any) -> None:
     windows = corpus()._train_windows()
     windows.preparation = SimpleNamespace(failure=lambda: "row 7 is broken")
-    windows.wait_for(0)
-    windows.wait_for(1)
+    assert not waiting.wait_for(windows, [0], waiting.alone)
+    assert not waiting.wait_for(windows, [1], waiting.alone)
     told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(told) == 1 and "row 7 is broken. Training goes on with what is there: 1" in told[0]
     with pytest.raises(ChildProcessError, match=r"failed: row 7 is broken. Training has seen all"):
-        windows.wait_for(windows._ends[-1])
+        waiting.wait_for(windows, [windows._ends[-1]], waiting.alone)
 
 
 def test_a_damaged_chapter_is_refused() -> None:
@@ -169,8 +169,11 @@ def test_a_mixture_needs_weights_for_what_is_still_prepared() -> None:
     assert [*module.epochs(100)] == ["whole"] and "epochs" not in module.summary(100)["corpus slow"]
     own = module.corpora["slow"]._train_windows()._ends[-1]
     sample = next(s for s in range(10**6) if module._train_windows().schedule.place(s) == (0, own))
+    mixed = module._train_windows()
+    assert mixed.lacking([sample]) == [module.corpora["slow"]._train_windows()]
+    assert not mixed.complete
     finish(module.corpora["slow"])
-    module.wait_for(sample)
+    assert not mixed.lacking([sample]) and mixed.complete
     assert torch.equal(
         module._train_windows()[sample]["tokens"],
         module.corpora["slow"]._train_windows()[own]["tokens"],

@@ -45,6 +45,13 @@ def test_a_period_has_each_corpus_as_often_as_its_share() -> None:
     assert schedule.place(17) != Schedule([7000, 2999, 1], seed=4).place(17)
 
 
+def test_what_each_corpus_has_of_the_first_samples_is_counted() -> None:
+    schedule = Schedule([7000, 2999, 1], seed=3)
+    for samples in (0, 1, 700, 10_000, 12_345):
+        places = Counter(schedule.place(sample)[0] for sample in range(samples))
+        assert schedule.drawn(samples) == [places[corpus] for corpus in range(3)]
+
+
 def test_shares_are_rounded_to_whole_samples() -> None:
     assert quotas({"a": 1, "b": 1, "c": 1}) == {"a": 3334, "b": 3333, "c": 3333}
     assert quotas({"a": 0.3, "b": 0.9}) == {"a": 2500, "b": 7500}

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from data.base import TokenDataModule
 from data.checks import check_at_least
@@ -25,6 +24,7 @@ from data.tasks import needles, symbols
 from data.tasks.sample import Sample, Sizes, in_one_window
 from data.token_split import TokenSplit
 from data.tokenizer import ByteTokenizer
+from data.waiting import TrainingSamples
 
 OF_SYMBOLS = {
     "recall": symbols.recall,
@@ -171,9 +171,6 @@ class RecallDataModule(TokenDataModule):
         start = int(rng.integers(0, len(split) - length + 1))
         return split.read(start, start + length)
 
-    def wait_for(self, sample: int) -> None:
-        """Samples are made on the fly."""
-
     def epochs(self, samples: int) -> dict[str, float]:
         """No sample comes twice."""
         return {}
@@ -189,7 +186,7 @@ class RecallDataModule(TokenDataModule):
         return TaskWindows(self, split, self.num_sequences[split])
 
 
-class TaskWindows(Dataset):
+class TaskWindows(TrainingSamples):
     """Sample number -> {"tokens": int64 [T + 1], "scored": bool [T]}.
 
     Training with `grow_samples` also has "document_starts", int32 [T]. Numbers from
