@@ -87,6 +87,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
             if value is not None:
                 check_at_least(option, value, 2)
         self.name: str = name
+        self.label = name  # in messages: a mixture has names of the user's own
         self.vocab_size, self.seq_len = vocab_size, seq_len
         self.micro_batch_size = micro_batch_size
         self.num_workers = num_workers
@@ -144,7 +145,7 @@ class TokenDataModule(L.LightningDataModule, ABC):
         self.splits, self.chapters = splits, chapters
         self.tokenizer = saved_tokenizer(folder, chapters.indices[0]["tokenizer"])
         counts = ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)
-        log.info("%s: %s tokens in %s", self.name, counts, folder)
+        log.info("%s: %s tokens in %s", self.label, counts, folder)
 
     def of_documents(self) -> dict[str, Any]:
         """What `source` has besides where tokens are made of documents one by one."""
@@ -205,7 +206,8 @@ class TokenDataModule(L.LightningDataModule, ABC):
         assert self.chapters is not None, "setup has not been called"
         if self._windows is None:
             packing = self.packing("train") if self.pack == "documents" else None
-            self._windows = ChapterWindows(self.chapters, self.seq_len, self.seed, packing)
+            sizes = (self.seq_len, self.seed, packing)
+            self._windows = ChapterWindows(self.label, self.chapters, *sizes)
         return self._windows
 
     def _train_batches(self, rank: int) -> TrainBatches:

@@ -29,6 +29,7 @@ class ChapterWindows(TrainingSamples):
     """Sample number -> a window of its chapter.
 
     Args:
+        label: of the corpus, in messages.
         chapters: those that are there.
         seq_len: T.
         seed: of the order of windows.
@@ -36,9 +37,10 @@ class ChapterWindows(TrainingSamples):
     """
 
     def __init__(
-        self, chapters: Chapters, seq_len: int, seed: int, packing: Packing | None
+        self, label: str, chapters: Chapters, seq_len: int, seed: int, packing: Packing | None
     ) -> None:
-        self.chapters, self.seq_len, self.seed, self.packing = chapters, seq_len, seed, packing
+        self.label, self.chapters = label, chapters
+        self.seq_len, self.seed, self.packing = seq_len, seed, packing
         self.preparation: Background | None = None  # of the chapters to come, in its own process
         self._windows: list[Any] = []
         self._ends = [0]  # of chapters, in windows
@@ -139,7 +141,7 @@ class ChapterWindows(TrainingSamples):
         return PackedTrainWindows(split, packing, seed), len(packing)
 
     def _what_failed(self, failure: str) -> str:
-        return f"{self.chapters.folder.name}: preparing the next chapter failed: {failure}"
+        return f"{self.label}: preparing the next chapter failed: {failure}"
 
     def _prepared(self) -> str:
-        return f"{self.chapters.folder.name}: {self.chapters.there()} prepared"
+        return f"{self.label}: {self.chapters.there()} prepared"

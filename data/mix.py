@@ -1,6 +1,7 @@
 """Several corpora as one, each with its share of the samples."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class MixDataModule(TokenDataModule):
                 {} if tokenizer is None or "tokenizer" not in config else {"tokenizer": tokenizer}
             )
             modules[name] = made(f"data.corpora.{name}", config, self._shared | chosen)
+            modules[name].label = name
         return modules
 
     def prepare_data(self, verify: bool = True) -> None:
@@ -78,16 +80,18 @@ class MixDataModule(TokenDataModule):
             texts = {name: corpus.training_texts for name, corpus in modules.items()}
             path = shared_tokenizer(texts, self.weights, self.vocab_size, self.source())
             self.corpora, self._prepared = self._made(str(path)), True
-        for corpus in self.corpora.values():
-            corpus.prepare_data(verify)
+        for name, corpus in self.corpora.items():
+            with refusals_of(name):
+                corpus.prepare_data(verify)
 
     def setup(self, stage: str | None = None) -> None:
         """Open all corpora, and settle their shares."""
         if self.quotas:
             return
-        for corpus in self.corpora.values():
+        for name, corpus in self.corpora.items():
             corpus.document_alignment = self.document_alignment
-            corpus.setup(stage)
+            with refusals_of(name):
+                corpus.setup(stage)
         first, *others = self.corpora
         self.tokenizer = self.corpora[first].tokenizer
         for name in others:
@@ -190,6 +194,15 @@ def made(option: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> To
     if not corpus.is_text:
         raise ValueError(f"{option} is a task, not a corpus: take text")
     return corpus
+
+
+@contextmanager
+def refusals_of(name: str) -> Iterator[None]:
+    """What a corpus refuses is said of it by its name: another one may be of the same kind."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"data.corpora.{name}: {error}") from error
 
 
 def check_names(corpora: Mapping[str, Any], weights: Mapping[str, float] | None) -> None:

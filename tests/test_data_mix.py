@@ -121,6 +121,13 @@ def test_what_does_not_mix_is_refused(corpora: Any) -> None:
         mixture(corpora, tokenizer="train", vocab_size=280)
 
 
+def test_a_corpus_that_is_refused_is_named(corpora: Any, tmp_path: Path) -> None:
+    (tmp_path / "little.txt").write_text("a few words")
+    little = corpus("little.txt")
+    with pytest.raises(ValueError, match=r"^data\.corpora\.little: data=\w+: the \w+ split has"):
+        ready(mixture({"large": corpora["large"], "little": little}))
+
+
 def test_corpora_must_share_a_tokenizer(corpora: Any, cache: Path) -> None:  # noqa: F811
     learned = {name: config | {"tokenizer": "train"} for name, config in corpora.items()}
     with pytest.raises(ValueError, match="large and small are split into different tokens: give"):

@@ -95,6 +95,8 @@ def test_packed_mixtures_go_on_on_any_number_of_processes(folder: Path) -> None:
     share = r"60.00% of the samples, .* epochs, \d+ windows, \d+.\d% filled, the last one \d+.\d%"
     assert re.fullmatch(share, told["squares"]), told
     assert told["cubes"].startswith("20.00%") and told["code"].startswith("20.00%")
+    prepared = re.findall(r"- (\w+): train [\d,]+, val [\d,]+, test [\d,]+ tokens", output(folder))
+    assert {*prepared} == {"squares", "cubes", "code"}  # of which two are json to data=hf
     assert re.search("corpus code: epoch 2 begins by step [1-6]", output(folder))
     rows = rows_of(folder / "mixture")
     assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"])
