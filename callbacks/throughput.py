@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -52,15 +52,27 @@ def peak_flops_of(device_name: str) -> float | None:
     return None
 
 
+class Mark(NamedTuple):
+    """Tokens and floating-point operations so far, and the reading of the training clock."""
+
+    tokens: int
+    flops: float
+    seconds: float
+
+    def since(self, other: "Mark") -> "Mark":
+        tokens, flops = self.tokens - other.tokens, self.flops - other.flops
+        return Mark(tokens, flops, self.seconds - other.seconds)
+
+
 class Throughput(EveryNSteps):
     """Logs perf/tokens_per_second, perf/mfu and perf/memory_gib over the steps since the last log.
 
     All ranks' tokens count. The clock stands still in validation and in the periodic work of other
     callbacks; waiting for data and saving checkpoints count. Utilisation is `model.flops_per_token`
-    for documents of the data's lengths, times tokens per second over the devices' dense bfloat16
-    peak, whatever the precision; it is not logged where the peak is unknown. Memory is rank zero's:
-    the most PyTorch has held on the GPU, or the process's largest resident size on a CPU, since its
-    start.
+    for documents of the data's lengths and at the sizes of each step (`sparsity_schedule`), times
+    tokens per second over the devices' dense bfloat16 peak, whatever the precision; it is not
+    logged where the peak is unknown. Memory is rank zero's: the most PyTorch has held on the GPU,
+    or the process's largest resident size on a CPU, since its start.
 
     Args:
         skip_steps: steps at the start (of a resumed run too) that `tokens_per_second` leaves out:
@@ -80,12 +92,12 @@ class Throughput(EveryNSteps):
             raise ValueError(f"skip_steps={skip_steps} of Throughput must be at least 0")
         self.skip_steps = skip_steps
         self.peak_flops = peak_flops
-        self._tokens = 0  # all ranks, since training started
+        self._tokens, self._flops = 0, 0.0  # all ranks, since training started
         self._paused = 0.0
         self._paused_since: float | None = None
-        self._flops_per_token: float | None = None
-        self._window = self._latest = (0, 0.0)
-        self._steady: tuple[int, float] | None = None
+        self._flops_per_token: dict[int | None, float] = {}  # by the stage of `sparsity_schedule`
+        self._window = self._latest = Mark(0, 0.0, 0.0)
+        self._steady: Mark | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -93,10 +105,10 @@ class Throughput(EveryNSteps):
 
         After training, `trainer.callback_metrics["perf/tokens_per_second"]` is this mean.
         """
-        if self._steady is None or self._latest[0] == self._steady[0]:
+        if self._steady is None or self._latest.tokens == self._steady.tokens:
             return None
-        tokens, seconds = (b - a for a, b in zip(self._steady, self._latest, strict=True))
-        return tokens / seconds
+        since = self._latest.since(self._steady)
+        return since.tokens / since.seconds
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -125,24 +137,26 @@ class Throughput(EveryNSteps):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         rows, length = batch["tokens"].shape
-        self._tokens += rows * (length - 1) * trainer.world_size
-        if self._flops_per_token is None:
-            self._flops_per_token = flops_per_token(trainer, pl_module, length - 1)
+        tokens = rows * (length - 1) * trainer.world_size
+        stage = getattr(getattr(pl_module, "sparsity", None), "now", None)
+        if stage not in self._flops_per_token:
+            self._flops_per_token[stage] = flops_per_token(trainer, pl_module, length - 1)
+        self._tokens += tokens
+        self._flops += tokens * self._flops_per_token[stage]
         if self._steady is None and trainer.global_step == self._steady_from:
             self._steady = self._latest = self._mark(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_nth_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         self._latest = self._mark(trainer, pl_module)
-        tokens, seconds = (b - a for a, b in zip(self._window, self._latest, strict=True))
-        self._window = self._latest
+        since, self._window = self._latest.since(self._window), self._latest
         metrics = {
-            "perf/tokens_per_second": tokens / seconds,
+            "perf/tokens_per_second": since.tokens / since.seconds,
             "perf/memory_gib": peak_memory(pl_module.device) / 2**30,
         }
-        if self.peak_flops is not None and self._flops_per_token is not None:
-            achieved = metrics["perf/tokens_per_second"] * self._flops_per_token
-            metrics["perf/mfu"] = achieved / (self.peak_flops * trainer.world_size)
+        if self.peak_flops is not None:
+            possible = self.peak_flops * trainer.world_size * since.seconds
+            metrics["perf/mfu"] = since.flops / possible
         log_metrics(trainer, metrics)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,12 +170,12 @@ class Throughput(EveryNSteps):
         if (mean := self.tokens_per_second) is not None:
             trainer.callback_metrics["perf/tokens_per_second"] = torch.tensor(mean)
 
-    def _mark(self, trainer: Any, pl_module: LightningModule) -> tuple[int, float]:
-        """Tokens so far and the reading of the training clock, in seconds."""
+    def _mark(self, trainer: Any, pl_module: LightningModule) -> Mark:
         synchronize(pl_module.device)
         periodic = [other for other in trainer.callbacks if isinstance(other, EveryNSteps)]
         others = sum(other.seconds for other in periodic)
-        return self._tokens, time.perf_counter() - self._paused - others
+        clock = time.perf_counter() - self._paused - others
+        return Mark(self._tokens, self._flops, clock)
 
 
 def flops_per_token(trainer: Any, pl_module: Any, num_tokens: int) -> float:

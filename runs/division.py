@@ -105,17 +105,17 @@ def choose_by_trial(trainer: Any, module: Any, share: int) -> tuple[int, Room | 
     device = trainer.strategy.root_device
     rank_zero_info("trying how many sequences fit the GPU: batch.micro_batch_size=auto")
     room = micro_batch.room_of(device, trainer.world_size)
-    module.sparsity.set_stage(0, trainer.max_steps)  # the densest one
-    memory = micro_batch.memory_of(
-        module.model,
-        device,
-        trainer.precision_plugin.forward_context,
-        activation_checkpointing=module.activation_checkpointing,
-        cross_entropy=module.cross_entropy,
-        importance_loss=module.hparams.importance_loss,
-        documents=getattr(trainer.datamodule, "pack", "stream") == "documents",
-        shards=trainer.world_size if isinstance(trainer.strategy, FSDP2Strategy) else 1,
-    )
+    with module.sparsity.at(module.sparsity.densest()):
+        memory = micro_batch.memory_of(
+            module.model,
+            device,
+            trainer.precision_plugin.forward_context,
+            activation_checkpointing=module.activation_checkpointing,
+            cross_entropy=module.cross_entropy,
+            importance_loss=module.hparams.importance_loss,
+            documents=getattr(trainer.datamodule, "pack", "stream") == "documents",
+            shards=trainer.world_size if isinstance(trainer.strategy, FSDP2Strategy) else 1,
+        )
     at_once = least(micro_batch.on_gpu(share, memory, room))
     return at_once, None if memory is None else Room(memory.of(at_once), room)
 

@@ -31,6 +31,7 @@ from runs.document_alignment import document_alignment
 from runs.folder import CHECKPOINTS, newest_first, write_text
 from runs.kinds import naming_odd_options
 from runs.same_run import check_same_run, flatten
+from runs.summary import summary
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def train(run: Run, cfg: DictConfig) -> dict[str, Any]:
 
     def announce(room: Room | None) -> None:
         if trainer.is_global_zero:
-            print(summary(run, cfg, room), flush=True)
+            print(summary(module, datamodule, trainer, cfg, room), flush=True)
 
     division = StepDivision(**cfg.batch, val_every_n_steps=cfg.val_every_n_steps, announce=announce)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -204,42 +205,16 @@ def finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def summary(run: Run, cfg: DictConfig, room: Room | None) -> str:
-    """What is about to run, as a table; `room` is what the micro-batch was chosen by."""
-    model, trainer = run.module.model, run.trainer
-    sequences, seq_len = cfg.batch.sequences_per_step, cfg.model.seq_len
-    shares = f"{trainer.world_size} × {run.datamodule.micro_batch_size} at once"
-    shares += f" × {trainer.accumulate_grad_batches} accumulated"
-    step = f"{sequences * seq_len:,} ({sequences} sequences of {seq_len:,}: {shares})"
-    backends = sorted({getattr(block.attention, "backend", "sdpa") for block in model.layers})
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    products = torch.get_float32_matmul_precision()
-    rows = {
-        "model": f"{cfg.model.name}, {model.num_params / 1e6:.2f} M parameters",
-        "tokens per step": step,
-        "recipe": HydraConfig.get().runtime.choices["recipe"],
-        "steps": f"{trainer.max_steps:,}",
-        "visible tokens": f"{model.visible_tokens(seq_len):.0f} keys per query, of all branches",
-        "device": f"{trainer.world_size} × {name}",
-        "memory": room and f"{room.expected / 2**30:.1f} of {room.free / 2**30:.1f} GiB expected",
-        "backend": ", ".join(backends),
-        "precision": f"{trainer.precision}, float32 products: {products}",
-        "cross-entropy": run.module.cross_entropy,
-        "run folder": cfg.run_dir,
-    }
-    rows |= run.datamodule.summary(trainer.max_steps * sequences)
-    return "\n".join(f"{label:>16}  {value}" for label, value in rows.items() if value)
-
-
 def figures(run: Run, cfg: DictConfig, seconds: float) -> dict[str, Any]:
     """What there is to know of a run besides its metric."""
     model, trainer = run.module.model, run.trainer
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     speeds = [c.tokens_per_second for c in callbacks if isinstance(c, Throughput)]
+    with run.module.sparsity.at(None):
+        visible = model.visible_tokens(cfg.model.seq_len)
     return {
         "num_params": model.num_params,
-        "visible_tokens": model.visible_tokens(cfg.model.seq_len),
+        "visible_tokens": visible,
         "tokens_per_second": speeds[0] if speeds else None,
         "steps": trainer.global_step,
         "overrides": list(HydraConfig.get().overrides.task),

@@ -136,6 +136,17 @@ def test_sizes_follow_the_step_and_end_as_configured(tmp_path: Path) -> None:
     assert attention.document_alignment == 8 and attention.cfg.selection_block_size == 4
 
 
+def test_the_densest_stage_is_the_one_of_the_most_work() -> None:
+    window = {"until": 0.5, "sliding_window_size": 1}
+    for stages, densest in (
+        ([], None),
+        ([window], None),
+        ([window, SCHEDULE[0] | {"until": 0.7}], 1),
+    ):
+        sparsity = make_module(sparsity_schedule=stages).sparsity
+        assert sparsity.densest() == densest and sparsity.now is None
+
+
 def test_both_change_what_is_learned_and_cost_nothing_when_off(tmp_path: Path) -> None:
     free = {"num_initial_blocks": 0, "num_local_blocks": 1}  # two of three blocks to choose from
     model = MODEL | {"attention": ATTENTION | free}

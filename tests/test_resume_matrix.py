@@ -22,6 +22,7 @@ TRAIN = (
     *("attention.selection_block_size=4", "attention.num_selected_blocks=4"),
     "sparsity_schedule=[{until: 0.3, num_selected_blocks: all}, "
     "{until: 0.6, sliding_window_size: 8}]",
+    "callbacks.throughput.peak_flops=1e9",
 )
 DRAWS = ("model.dropout=0.3", "importance_loss.weight=0.1", "importance_loss.num_queries=4")
 
@@ -126,3 +127,16 @@ def test_processes_may_come_and_go(folder: Path) -> None:
             assert bool(row[name]) == bool(other[name]), (name, row["step"])
             if row[name]:
                 assert abs(float(row[name]) - float(other[name])) < 1e-6, (name, row["step"])
+    assert_work_is_that_of_its_stage(whole)
+    told = "visible tokens  44 keys per query, of all branches; in the stages before 52, 32"
+    assert told in (folder / "run.log").read_text()
+
+
+def assert_work_is_that_of_its_stage(run_dir: Path) -> None:
+    """FLOPs a token, by perf/mfu: most where all blocks are selected, least in a small window."""
+    rows = csv.DictReader((run_dir / "metrics.csv").read_text().splitlines())
+    flops = [float(row["perf/mfu"]) / float(row["perf/tokens_per_second"]) * 1e9 for row in rows]
+    all_blocks, small_window, own = flops[:4], flops[4:8], flops[8:]
+    for stage in (all_blocks, small_window, own):
+        assert stage == pytest.approx([stage[0]] * 4, rel=1e-5)
+    assert all_blocks[0] > 1.01 * own[0] > 1.02 * small_window[0] > 0

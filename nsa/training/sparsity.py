@@ -1,6 +1,7 @@
 """Sparsity as a function of the step: NSA layers that begin denser than they end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import lcm
 from typing import Any
@@ -32,7 +33,7 @@ class SparsitySchedule:
     """
 
     def __init__(self, model: Transformer, stages: Sequence[Stage] | None) -> None:
-        self.stages, self.seq_len = list(stages or ()), model.seq_len
+        self.model, self.stages = model, list(stages or ())
         self.now: int | None = None  # the stage whose sizes the layers have; None: their own
         self.layers = {}
         if self.stages:
@@ -47,7 +48,28 @@ class SparsitySchedule:
         """Give the layers the sizes of the step that comes after `step` done ones; whether other
         ones than they had.
         """
-        stage = self.stage_of(step, max_steps)
+        return self._set(self.stage_of(step, max_steps))
+
+    @contextmanager
+    def at(self, stage: int | None) -> Iterator[None]:
+        """The layers have the sizes of a stage, of None their own; afterwards those of before."""
+        before = self.now
+        self._set(stage)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def densest(self) -> int | None:
+        """The stage of the most work."""
+
+        def flops(stage: int | None) -> float:
+            with self.at(stage):
+                return self.model.flops_per_token(self.model.seq_len)
+
+        return max([None, *range(len(self.stages))], key=flops)
+
+    def _set(self, stage: int | None) -> bool:
         changes, self.now = stage != self.now, stage
         if changes:
             for layer, own in self.layers.items():
@@ -65,7 +87,7 @@ class SparsitySchedule:
             sizes.pop("num_selected_blocks", None)
         elif sizes.get("num_selected_blocks") == ALL:
             longest = replace(own, **sizes | {"num_selected_blocks": 1})
-            sizes["num_selected_blocks"] = blocks.num_selection_blocks(self.seq_len, longest)
+            sizes["num_selected_blocks"] = blocks.num_selection_blocks(self.model.seq_len, longest)
         return replace(own, **sizes)
 
 
