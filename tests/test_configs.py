@@ -146,7 +146,10 @@ ARMS: dict[str, tuple[list[str], dict]] = {  # layers, and options of the attent
     "diff_topk": (["nsa"], {"use_diff_topk": True}),
     "qk_norm": (["nsa"], {"qk_norm": True}),
     "dense_and_nsa": (["dense", "nsa"], {}),
+    "window_and_dense": (["window", "dense"], {}),
     "window_and_nsa": (["window", "nsa"], {}),
+    "window_and_random": (["window", "nsa"], {"selection": "random"}),
+    "window_and_none": (["window", "nsa"], {"selection": "none"}),
 }
 
 

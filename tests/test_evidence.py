@@ -44,7 +44,7 @@ def test_figures_are_made_of_the_csv_alone(tmp_path: Path) -> None:
 
 def test_the_crowded_task_needs_selection_and_lets_it_be_learned() -> None:
     """As far as sums of random codes go, with the sizes of recall_scattered, and with those that
-    random selection solved.
+    were solved without selection: there blocks overlap, so that two of them hold a fact.
     """
     cfg = evidence.configured(["experiment=recall_scattered", "arm=nsa"])
     rng, facts = np.random.default_rng(0), cfg.data.facts_per_cluster
@@ -55,7 +55,7 @@ def test_the_crowded_task_needs_selection_and_lets_it_be_learned() -> None:
     numbers = cfg.model.kv_heads * cfg.model.dim_head
     assert recall_capacity.answered(numbers, facts, 300, rng) < 0.5
     assert recall_capacity.found(cfg.model.dim_head, facts, 300, rng) > 0.95
-    assert recall_capacity.answered(2 * 64, 4, 300, rng) > 0.97
+    assert recall_capacity.answered(2 * 2 * 64, 16, 300, rng) > 0.9
 
 
 @pytest.mark.parametrize(

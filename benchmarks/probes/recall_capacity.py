@@ -8,13 +8,14 @@ sum better than those of the same key with other values. Likewise a compressed k
 codes of m keys; the asked key is found if its block is among the `KEPT` best.
 
 A trained φ is not bound to random codes, so this says where to look, not what will be measured.
+Where blocks overlap (d = l/2) two of them hold a fact: count the numbers of both.
 """
 
 import numpy as np
 
 VALUES = FACTS = 64  # of the task
-KEPT = 5  # free blocks of recall_scattered
-SIZES, CROWDS = (8, 16, 32, 64, 128), (2, 4, 8, 16)
+KEPT = 2  # free blocks of recall_scattered
+SIZES, CROWDS = (16, 32, 64, 128, 256), (4, 8, 16, 32)
 
 
 def answered(numbers: int, facts: int, trials: int, rng: np.random.Generator) -> float:
