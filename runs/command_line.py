@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -124,6 +125,11 @@ def compose(flags: Flags, overrides: Sequence[str]) -> tuple[DictConfig, list[st
     groups, values = groups_and_values(loader, overrides)
     config = loader.load_configuration(name, groups, RunMode.RUN)
     return config, [str(value.input_line) for value in values if not applied(value, config)]
+
+
+def settle_mode(mode: RunMode | None) -> None:
+    """Tell Hydra what the config says of sweeping; it would compose it once more to find out."""
+    Hydra.get_mode = lambda self, config_name, overrides: mode
 
 
 def defaults(flags: Flags, overrides: Sequence[str]) -> DictConfig:

@@ -55,6 +55,7 @@ def arguments(words: Sequence[str], outputs: Path = Path("outputs")) -> list[str
         config, _ = command_line.compose(line.flags, line.overrides)
     except HydraException:
         return line.words()
+    command_line.settle_mode(config.hydra.mode)
     if "multirun" in line.flags or config.hydra.mode == RunMode.MULTIRUN:
         refuse_to_resume_a_sweep(typed)
         return line.words()
