@@ -276,8 +276,8 @@ def test_what_ends_or_changes_a_run_is_said(folder: Path, words: list[str], said
 
 
 def test_a_limit_of_each_start_saves_and_goes_on(folder: Path) -> None:
-    command = [*TINY, "run_dir=limited", "max_time_per_start=00:00:00:00", "trainer.max_steps=500"]
-    said = started(folder, *command)
+    limit = ["max_time_per_start=00:00:00:01", "trainer.max_steps=5000"]
+    said = started(folder, *TINY, "run_dir=limited", *limit)
     assert said.startswith("143") and "told to end: saved after step" in said
 
 
