@@ -1,5 +1,6 @@
 """What every test shares: a fixed seed, and memory that looks wrong until somebody writes it."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,7 @@ SLOWEST = (  # begun first, so that none is left to one worker in the end
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests without the gpu marker run as on a machine without a GPU, whatever is there."""
+    gc.disable()  # until tests are collected: next to nothing that is imported is garbage
     if config.option.markexpr == "not gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"
@@ -30,6 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(SLOWEST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # and need not be looked through again
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

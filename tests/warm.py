@@ -12,6 +12,7 @@ from callbacks.attention_statistics import draw_gates
 from callbacks.provenance import packages
 from runs import command_line
 
+gc.disable()  # what is imported stays
 ROOT = Path(__file__).parent.parent
 
 for folder in ("callbacks", "data", "runs"):
@@ -26,3 +27,4 @@ command_line.compose({}, [])
 draw_gates({0: [0.5, 0.5, 0.5]}, 1).savefig(io.BytesIO())  # loads fonts
 packages()
 gc.freeze()  # no fork looks through, and so copies, what all of them share
+gc.enable()
