@@ -2,6 +2,8 @@
 
 import os
 import sys
+import threading
+import time
 
 
 def is_zero() -> bool:
@@ -22,3 +24,23 @@ def say(message: str) -> None:
     """Once, of all the processes of a run."""
     if is_zero():
         print(message, file=sys.stderr, flush=True)
+
+
+def end_with_leader() -> None:
+    """From here on a process that Lightning launched ends as soon as the one that did is gone.
+
+    It would wait for the others instead: for minutes, on a GPU. torchrun and srun see to that
+    themselves, and Lightning to the other way round.
+    """
+    if given() is not None or is_zero():
+        return
+    leader = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == leader:
+            time.sleep(1)
+        rank = os.environ.get("LOCAL_RANK")
+        print(f"the run's first process is gone: rank {rank} ends", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: the main thread may wait inside a library
+
+    threading.Thread(target=watch, daemon=True).start()

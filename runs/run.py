@@ -233,6 +233,7 @@ def report(result: dict[str, Any], cfg: DictConfig) -> None:
 
 def run_alone(cfg: DictConfig) -> None:
     """One run; what ends it before its time ends the program with the reason."""
+    ranks.end_with_leader()
     try:
         run = build(cfg)
     except REFUSALS as error:
