@@ -22,7 +22,7 @@ from nsa.config import NSAConfig
 
 RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS: tuple[str, ...] = (
-    "suite",  # op, layer or train_step
+    "suite",  # op, layer, train_step, presets, scaling or decode
     "op",
     "backend",
     "heads",
@@ -31,7 +31,7 @@ COLUMNS: tuple[str, ...] = (
     "tokens",  # of one sequence
     "batch",
     "dtype",
-    "sizes",  # of NSA: w, l, d, l' and n
+    "sizes",  # of NSA: w, l, d, l' and n; of scaling: weak or strong
     "status",  # ok, oom, refused (its check failed) or failed, with the reason
     "forward_ms",
     "backward_ms",

@@ -123,6 +123,11 @@ def command_of(job: Job, strategy: str, folder: Path, override: Sequence[str]) -
     ]
 
 
+def write_text(folder: Path) -> None:
+    """What runs are trained on."""
+    (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(LINES)))
+
+
 def take(job: Job, strategy: str, folder: Path, options: argparse.Namespace, left: float) -> Any:
     """Run a job: what it measured, or what went wrong."""
     shutil.rmtree(folder / "run", ignore_errors=True)
@@ -202,7 +207,7 @@ def main() -> None:
     options = parse()
     stop = time.time() + 60 * options.minutes
     folder = Path(tempfile.mkdtemp(prefix="presets-"))
-    (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(LINES)))
+    write_text(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words = " ".join(["python -m benchmarks.presets", *sys.argv[1:]])
     context = measure.environment(device, date=measure.now(), command=words, commit=options.commit)
