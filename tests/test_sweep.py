@@ -228,7 +228,10 @@ def stub_train(run: DictConfig, cfg: DictConfig) -> dict[str, Any]:
 
 @pytest.fixture
 def launch(tmp_path: Path, monkeypatch) -> Any:
-    """Runs `train.py -m …` in this process, with a stub of the training; the sweep's folder."""
+    """Runs `train.py -m …` in this process, with a stub of the training; the sweep's folder.
+
+    A signal stays one to the tests: it would end whichever of them is running, and no other.
+    """
 
     def run(*overrides: str) -> Path:
         folder = tmp_path / f"sweep{len(list(tmp_path.iterdir()))}"
@@ -246,6 +249,7 @@ def launch(tmp_path: Path, monkeypatch) -> Any:
         train.main()
         return folder
 
+    monkeypatch.setattr(train, "leave_on_signals", lambda: None)
     monkeypatch.setattr(sweep, "build", stub)
     monkeypatch.setattr(sweep, "train", stub_train)
     return run
