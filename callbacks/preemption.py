@@ -107,16 +107,16 @@ class Preemption(Callback):
             raise told_to_end(trainer, self._saved)
 
     def _meet(self, trainer: Trainer, own: Any) -> list[Any]:
-        """What each rank says between two steps, unless one of them has been told to end."""
+        """The standings of all ranks, unless one lacks data and one has been told to end."""
         said = [(own, self._told)]
         if self._group is not None:
             said = [said[0]] * trainer.world_size
             dist.all_gather_object(said, said[0], group=self._group)
-        values, told = zip(*said, strict=True)
-        if any(told):
+        standings, told = zip(*said, strict=True)
+        if any(told) and any(standing.lacks for standing in standings):
             save_between_steps(trainer)
             raise told_to_end(trainer, max(told))
-        return list(values)
+        return list(standings)
 
     def _ask_all_ranks(self) -> None:
         told = torch.tensor([self._told])

@@ -228,8 +228,6 @@ class HuggingFaceDataModule(TokenDataModule):
     """
 
     has_documents = True
-    more_text = "raise data.max_tokens, or take a larger dataset"
-    more_held_out = "raise data.max_tokens, data.val_fraction or data.test_fraction"
 
     def __init__(
         self,
@@ -273,6 +271,9 @@ class HuggingFaceDataModule(TokenDataModule):
             max_tokens,
             chapter_tokens,
         )
+        limit = "data.max_tokens" if chapter_tokens is None else "data.chapter_tokens"
+        self.more_text = f"raise {limit}, or take a larger dataset"
+        self.more_held_out = f"raise {limit}, data.val_fraction or data.test_fraction"
         dataset.check_files()
         dataset.check_splits(split_names)
 

@@ -11,10 +11,19 @@ from data.sampler import TrainBatches
 LOOK_S = 0.2  # seconds between two looks for the next chapter
 PATIENCE_S = 5.0  # of waiting without a word
 
-Meet = Callable[[Any], list[Any]]  # a value of this rank -> the values of all
+
+class Standing(NamedTuple):
+    """What a rank has of the samples that are waited for."""
+
+    lacks: bool
+    failures: list[str]
+    complete: bool
 
 
-def alone(own: Any) -> list[Any]:
+Meet = Callable[[Standing], list[Standing]]  # of this rank -> of all
+
+
+def alone(own: Standing) -> list[Standing]:
     """The `Meet` of a process that asks no other."""
     return [own]
 
@@ -66,14 +75,6 @@ def wait_for(data: TrainingSamples, samples: Sequence[int], meet: Meet) -> bool:
     for part in told:
         part.say(f"training goes on after {time.monotonic() - began:.0f} s")
     return all(rank.complete for rank in ranks)
-
-
-class Standing(NamedTuple):
-    """What a rank has of the samples that are waited for."""
-
-    lacks: bool
-    failures: list[str]
-    complete: bool
 
 
 class StepWait:

@@ -28,6 +28,7 @@ def make_whole(cfg: DictConfig) -> None:
         ValueError: naming the first that is not a whole number, or too small.
     """
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings.pop("sparsity_schedule", None)  # a list, which says itself what it is made of
     for path, value in flatten(settings, ""):
         number = whole(path, value)
         if number is not value:
@@ -50,6 +51,7 @@ def whole(path: str, value: Any) -> Any:
         value = int(value)
     if not allowed(value, is_share):
         also = " or a share between 0.0 and 1.0" if is_share else ""
+        also = ", or auto: as many sequences as fit" if name == "micro_batch_size" else also
         raise ValueError(f"{path}={value} must be a whole number{also}")
     check_limits(path, name, cast(float, value))
     return value

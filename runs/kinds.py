@@ -53,6 +53,7 @@ def differing(now: Any, before: Any, path: str) -> Iterator[str]:
     """A line for each value of another kind than its default, at a path and below it.
 
     A default of null or auto is that of an option of more kinds than one, and is not compared.
+    Null drops a part: a callback, a logger.
     """
     if isinstance(now, Mapping) and isinstance(before, Mapping):
         for name, value in now.items():
@@ -61,6 +62,8 @@ def differing(now: Any, before: Any, path: str) -> Iterator[str]:
                 yield from differing(value, before[name], inner)
             else:
                 yield f"{inner}={value} is not among the options of {path or 'a run'}"
+    elif now is None and isinstance(before, Mapping):
+        return
     elif KINDS[type(now)] != KINDS[type(before)] and not open_to_all(before):
         yield f"{path}={'null' if now is None else now} must be {KINDS[type(before)]}"
 

@@ -17,7 +17,7 @@ NOTICED = 0.01  # relative change of the learning rate
 def say_what_changes(
     checkpoint: Mapping[str, Any], settings: Mapping[str, Any], module: Any, trainer: Trainer
 ) -> None:
-    """Of a run that goes on: that it is over already, or that its schedule is another one now."""
+    """Of a run that goes on: that it is over already, or that a schedule is another one now."""
     step, last = checkpoint["global_step"], trainer.max_steps
     if step >= last:
         log.warning(
@@ -28,6 +28,7 @@ def say_what_changes(
         )
         return
     say_time_left(checkpoint, settings["trainer"].get("max_time"), trainer)
+    say_stage(checkpoint, module, last)
     for state in checkpoint.get("lr_schedulers", ())[:1]:
         before = state["_last_lr"][0]
         now = state["base_lrs"][0] * module.schedule(step, max_steps=last)
@@ -40,6 +41,26 @@ def say_what_changes(
                 now,
                 f"{last:,}",
             )
+
+
+def say_stage(checkpoint: Mapping[str, Any], module: Any, last: int) -> None:
+    """Stages of sparsity_schedule end at shares of the steps: in a longer run, at later ones."""
+    step, before = checkpoint["global_step"], checkpoint.get("max_steps", last)
+    was, now = (module.sparsity.stage_of(step, steps) for steps in (before, last))
+    if was != now:
+        log.warning(
+            "sparsity_schedule: after step %s the run would have gone on with %s, and goes on with "
+            "%s, since trainer.max_steps=%s was %s",
+            f"{step:,}",
+            stage_name(was),
+            stage_name(now),
+            f"{last:,}",
+            f"{before:,}",
+        )
+
+
+def stage_name(stage: int | None) -> str:
+    return "the sizes of attention" if stage is None else f"those of stage {stage + 1}"
 
 
 def say_time_left(checkpoint: Mapping[str, Any], max_time: Any, trainer: Trainer) -> None:

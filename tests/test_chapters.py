@@ -146,6 +146,11 @@ def test_a_failure_is_told_at_once_and_ends_training_once_it_is_waited_for(caplo
         waiting.wait_for(windows, [windows._ends[-1]], waiting.alone)
 
 
+def test_a_first_chapter_that_is_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"split has \d+ tokens.* raise data\.chapter_tokens, "):
+        corpus(chapter_tokens=10)
+
+
 def test_a_damaged_chapter_is_refused() -> None:
     module = corpus()
     finish(module)

@@ -221,6 +221,12 @@ def test_what_is_no_count_is_refused_by_name(path: str, value: object) -> None:
         counts.whole(path, value)
 
 
+def test_a_micro_batch_may_be_chosen() -> None:
+    assert counts.whole("batch.micro_batch_size", "auto") == "auto"
+    with pytest.raises(ValueError, match="micro_batch_size=Auto must be a whole number, or auto"):
+        counts.whole("batch.micro_batch_size", "Auto")
+
+
 def test_a_count_has_its_limits() -> None:
     assert counts.whole("callbacks.checkpoint_last.save_top_k", -1) == -1
     for path, value, limit in (
@@ -243,6 +249,7 @@ def test_options_of_another_kind_are_all_named(folder: Path) -> None:
         "model.foo=1 is not among the options of model",
     ):
         assert line in said
+    assert "callbacks.loss_plot" not in said  # null drops it
     assert not (folder / "outputs" / "odd").exists()
 
 
@@ -269,6 +276,7 @@ def test_only_the_wrapping_of_hydra_is_taken_off() -> None:
         (["logger=none"], "9 steps"),
         (["trainer.max_time=00:00:00:00"], "trainer.max_time is over, which counts the whole run"),
         (["max_time_per_start=soon"], "must have the form DD:HH:MM:SS"),
+        (["sparsity_schedule={until: 0.5}"], "must be a list of stages, as in [{until: 0.25, num"),
     ],
 )
 def test_what_ends_or_changes_a_run_is_said(folder: Path, words: list[str], said: str) -> None:

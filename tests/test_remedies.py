@@ -14,6 +14,8 @@ from torch import Tensor
 from nsa import blocks
 from nsa.attention import SparseAttention
 from nsa.training.importance_loss import divergence
+from nsa.training.sparsity import checked_stages
+from runs import notices
 from runs.same_run import check_same_run
 from runs.strategies import FSDP2Strategy
 
@@ -168,11 +170,14 @@ def impossible() -> Iterator[Any]:
         ([{"until": 0.5}], "must set one or more of num_selected_blocks"),
         ([{"until": 0.5, "compress_block_size": 8}], "must set one or more of"),
         ([{"until": 0.5, "num_selected_blocks": 0}], "must be at least 1, or all"),
-        ([{"until": 0.5, "selection_block_size": 5}], "must be a multiple"),
+        ([{"until": 0.5, "selection_block_size": 5}], r"the stage \{.*\}: .* must be a multiple"),
+        ([{"until": True, "num_selected_blocks": 3}], "needs `until`"),
     ):
         yield {"sparsity_schedule": stages}, message
     for attention, loss, message in (
-        ({}, {"weight": -1.0}, "weight=-1.0 must be at least 0"),
+        ({}, {"weight": -1.0}, "weight=-1.0 must be a number of at least 0"),
+        ({}, {"weight": float("nan")}, "weight=nan must be a number of at least 0"),
+        ({}, {"weight": True}, "weight=True must be a number of at least 0"),
         ({}, {"num_queries": 0}, "num_queries=0 must be at least 1"),
         ({"selection": "random"}, {"weight": 1.0}, "no layer of the model selects"),
         ({"importance": "logit_mean"}, {"weight": 1.0}, "importance=probability_sum"),
@@ -181,6 +186,38 @@ def impossible() -> Iterator[Any]:
     ):  # fmt: skip
         model = MODEL | {"attention": ATTENTION | attention}
         yield {"model": model, "importance_loss": loss}, message
+
+
+@pytest.mark.parametrize("odd", [0.5, "all", [0.5], {"until": 0.5}])
+def test_what_is_no_list_of_stages_is_refused(odd: Any) -> None:
+    with pytest.raises(ValueError, match="must be a list of stages, as in"):
+        checked_stages(odd)
+
+
+def test_a_schedule_without_a_layer_is_refused() -> None:
+    model = MODEL | {"layer_pattern": ["dense", "window"]}
+    with pytest.raises(ValueError, match="no layer of the model is NSA"):
+        make_module(model=model, sparsity_schedule=SCHEDULE)
+
+
+def test_sizes_may_be_written_as_other_counts() -> None:
+    (stage,) = make_module(
+        sparsity_schedule=[{"until": 0.5, "num_selected_blocks": 3e0}]
+    ).sparsity.stages
+    assert stage == {"until": 0.5, "num_selected_blocks": 3} and isinstance(
+        stage["num_selected_blocks"], int
+    )
+
+
+def test_a_run_that_is_made_longer_says_which_stage_comes(caplog: Any) -> None:
+    module = make_module(sparsity_schedule=SCHEDULE)
+    notices.say_stage({"global_step": 6, "max_steps": 10}, module, 12)  # a stage ends at 7, at 8.4
+    notices.say_stage({"global_step": 6}, module, 20)  # an older checkpoint does not say
+    assert not caplog.records
+    notices.say_stage({"global_step": 6, "max_steps": 8}, module, 20)
+    assert (
+        "have gone on with the sizes of attention, and goes on with those of stage 1" in caplog.text
+    )
 
 
 @pytest.mark.parametrize(("options", "message"), list(impossible()))

@@ -86,7 +86,7 @@ def test_an_interrupted_run_ends_as_one_never_interrupted(
 
 def assert_same_end(run_dir: Path, whole: Path) -> None:
     ends = [load(path / "checkpoints" / "last.ckpt") for path in (run_dir, whole)]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == STEPS
+    assert ends[0]["global_step"] == ends[1]["global_step"] == ends[0]["max_steps"] == STEPS
     assert_same_tensors(ends[0]["state_dict"], ends[1]["state_dict"])
     states = [end["optimizer_states"][0]["state"] for end in ends]
     assert states[0].keys() == states[1].keys()

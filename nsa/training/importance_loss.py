@@ -9,6 +9,7 @@ input detached.
 Letters as in `nsa.reference`; Q sampled queries of a sequence.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TypeGuard
 
@@ -46,8 +47,10 @@ class ImportanceLoss:
     """
 
     def __init__(self, model: Transformer, weight: float = 0.0, num_queries: int = 32) -> None:
-        if weight < 0:
-            raise ValueError(f"importance_loss.weight={weight} must be at least 0; 0 turns it off")
+        if isinstance(weight, bool) or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"importance_loss.weight={weight} must be a number of at least 0; 0 turns it off"
+            )
         if num_queries < 1:
             raise ValueError(f"importance_loss.num_queries={num_queries} must be at least 1")
         self.weight, self.num_queries = weight, num_queries

@@ -227,6 +227,10 @@ class NSALightningModule(L.LightningModule):
         """See `trainer_checks.check_trainer`."""
         trainer_checks.check_trainer(trainer, self)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Stages and learning rates of a run hang on its length."""
+        checkpoint["max_steps"] = self.trainer.max_steps
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts micro-batches: restate the count for this run's accumulation."""
         if self._trainer is None:  # loaded for its weights alone

@@ -33,13 +33,15 @@ class SparsitySchedule:
     """
 
     def __init__(self, model: Transformer, stages: Sequence[Stage] | None) -> None:
-        self.model, self.stages = model, list(stages or ())
+        self.model = model
+        self.stages = [] if stages is None else checked_stages(stages)
         self.now: int | None = None  # the stage whose sizes the layers have; None: their own
         self.layers = {}
         if self.stages:
-            check_stages(self.stages)
             layers = [block.attention for block in model.blocks]
             self.layers = {a: a.cfg for a in layers if isinstance(a, SparseAttention)}
+            if not self.layers:
+                raise ValueError("sparsity_schedule: no layer of the model is NSA: leave it out")
         for layer, own in self.layers.items():  # documents begin where blocks of every stage do
             sizes = [self._sizes(own, stage).selection_block_size for stage in self.stages]
             layer.document_alignment = lcm(own.selection_block_size, *sizes)
@@ -86,25 +88,51 @@ class SparsitySchedule:
         if not own.num_selected_blocks:
             sizes.pop("num_selected_blocks", None)
         elif sizes.get("num_selected_blocks") == ALL:
-            longest = replace(own, **sizes | {"num_selected_blocks": 1})
+            longest = self._replaced(own, stage, sizes | {"num_selected_blocks": 1})
             sizes["num_selected_blocks"] = blocks.num_selection_blocks(self.model.seq_len, longest)
-        return replace(own, **sizes)
+        return self._replaced(own, stage, sizes)
+
+    def _replaced(self, own: NSAConfig, stage: Stage, sizes: Mapping[str, Any]) -> NSAConfig:
+        try:
+            return replace(own, **sizes)
+        except ValueError as error:
+            raise ValueError(f"{about(stage)}: {error}") from error
 
 
-def check_stages(stages: Sequence[Stage]) -> None:
-    """Raises ValueError unless stages end one after the other, and change something."""
+def about(stage: Stage) -> str:
+    return f"sparsity_schedule: the stage {dict(stage)}"
+
+
+def checked_stages(stages: Any) -> list[Stage]:
+    """The stages, with sizes such as 1e3 made whole.
+
+    Raises:
+        ValueError: unless they are a list of stages that end one after the other, and each changes
+            something.
+    """
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        raise ValueError(
+            f"sparsity_schedule={stages} must be a list of stages, as in "
+            "[{until: 0.25, num_selected_blocks: all}]"
+        )
     end = 0.0
     for stage in stages:
-        about = f"sparsity_schedule: the stage {dict(stage)}"
         until = stage.get("until")
-        if not isinstance(until, int | float) or not end < until < 1:
+        if isinstance(until, bool) or not isinstance(until, int | float) or not end < until < 1:
             raise ValueError(
-                f"{about} needs `until`, the share of the steps at which it ends: above the one "
-                f"before, {end:g}, and below 1"
+                f"{about(stage)} needs `until`, the share of the steps at which it ends: above the "
+                f"one before, {end:g}, and below 1"
             )
         end = until
         sizes = set(stage) - {"until"}
         if not sizes or sizes - set(SIZES):
-            raise ValueError(f"{about} must set one or more of {', '.join(SIZES)}, and no more")
+            raise ValueError(
+                f"{about(stage)} must set one or more of {', '.join(SIZES)}, and no more"
+            )
         if stage.get("num_selected_blocks") == 0:
-            raise ValueError(f"{about}: num_selected_blocks must be at least 1, or {ALL}")
+            raise ValueError(f"{about(stage)}: num_selected_blocks must be at least 1, or {ALL}")
+    return [{name: whole(value) for name, value in stage.items()} for stage in stages]
+
+
+def whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
