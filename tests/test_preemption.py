@@ -1,23 +1,21 @@
 """A signal saves the run at the end of the step it came in; the resume matrix does it for ranks."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from forked_runs import Signal, finished, run
+from forked_runs import ROOT, Signal, finished, run
 from tiny_run import OF_LIGHTNING, TinyModule, fit
 
 from callbacks.csv_logger import read_rows
 from callbacks.preemption import Preempted, Preemption
 from callbacks.signals import SIGNALS, leave_on_signals
 from callbacks.step_checkpoint import StepCheckpoint
-from data.loader_signals import leave_signals_to_the_trainer
 
 pytestmark = OF_LIGHTNING
 
@@ -193,22 +191,21 @@ def test_ctrl_c_and_a_closed_terminal_save_the_run_until_it_is_finished(folder: 
     assert "this run is finished: 6 of trainer.max_steps=6 steps are done" in log.read_text()
 
 
+LOADER = """
+import time
+leave_signals_to_the_trainer(0)
+print("serving", flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_loader_obeys_its_trainer_alone() -> None:
-    context = multiprocessing.get_context("spawn")
-    serving = context.Event()
-    loader = context.Process(target=serve, args=(serving,))
-    loader.start()
-    assert serving.wait(timeout=100)
-    stranger = f"kill -TERM {loader.pid}; kill -USR1 {loader.pid}"
-    subprocess.run(["sh", "-c", stranger], check=True)
-    loader.join(timeout=0.5)
-    assert loader.is_alive()
-    loader.terminate()
-    loader.join(timeout=20)
-    assert loader.exitcode == 0
-
-
-def serve(serving) -> None:
-    leave_signals_to_the_trainer(0)
-    serving.set()
-    time.sleep(60)
+    command = [sys.executable, "-c", LOADER]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as loader:
+        assert loader.stdout.readline() == b"serving\n"
+        stranger = f"kill -TERM {loader.pid}; kill -USR1 {loader.pid}"
+        subprocess.run(["sh", "-c", stranger], check=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            loader.wait(timeout=0.5)
+        loader.terminate()
+        assert loader.wait(timeout=20) == 0
