@@ -6,12 +6,11 @@ import math
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import forked_runs
 import pytest
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
@@ -282,20 +281,19 @@ hydra:
 """
 
 
-def launch(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *arguments: str, **environment: str) -> forked_runs.Done:
     (folder / "app.py").write_text(APP)
     (folder / "app.yaml").write_text(CONFIG)
-    command = [sys.executable, "app.py", *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    app = "import runpy; runpy.run_path('app.py', run_name='__main__')"
+    return forked_runs.python(app, *arguments, cwd=folder, environment=environment)
 
 
 def test_what_hydra_writes_stands_even_where_the_sweep_ends_early(tmp_path):
     done = launch(tmp_path, "-m", "n=2,8,4")
     assert done.returncode == 1 and "eight" in done.stderr and "Callback" not in done.stderr
     assert sorted(path.name for path in (tmp_path / "sweep").glob("sweep.*")) == ["sweep.csv"]
-    command = [sys.executable, "-m", "runs.sweep_report", str(tmp_path / "sweep")]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    report = "import runpy; runpy.run_module('runs.sweep_report', run_name='__main__')"
+    printed = forked_runs.python(report, str(tmp_path / "sweep")).stdout
     for line in ("| 0 | n=2 | **2.5000** |", "| 1 | n=8 | failed |", "| 2 | n=4 | **2.2500** |"):
         assert line in printed
     assert (tmp_path / "sweep" / "sweep.md").read_text() in printed
