@@ -253,7 +253,7 @@ class SparseAttention(ProjectingLayer):
     def _project(self, tokens: Float[Tensor, "B T M"], document_starts: Starts = None) -> Projected:
         return self.compress_and_rotate(self.split_heads(tokens), document_starts)
 
-    def split_heads(self, tokens: Float[Tensor, "B T M"]) -> Heads:
+    def split_heads(self, tokens: Float[Tensor, "*B M"]) -> Heads:
         """Queries, the keys and values of each branch, and gates."""
         tokens = self.norm(tokens)
         q, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win) = self.project(tokens)

@@ -14,6 +14,7 @@ device: nothing here makes the host wait. Letters: B batch, K tokens there is ro
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +41,25 @@ class KeysValues:
         """`v`, or what stands for it where nothing reads it."""
         return self.k if self.v is None else self.v
 
+    @cached_property
+    def by_head(self) -> tuple[Float[Tensor, "B G K D"], Float[Tensor, "B G K D"]]:
+        """The same memory in the order of scaled_dot_product_attention."""
+        return self.k.transpose(1, 2), self.values.transpose(1, 2)
+
+    @cached_property
+    def rows(self) -> tuple[Float[Tensor, "BKG D"], Float[Tensor, "BKG D"]]:
+        """The same memory as one table."""
+        D = self.k.shape[-1]
+        return self.k.view(-1, D), self.values.view(-1, D)
+
+    def put(self, slot: int, *new: Float[Tensor, "B G D"]) -> None:
+        """One token, or one block, of each sequence into one slot."""
+        for kept, x in zip(self, new, strict=False):
+            kept[:, slot].copy_(x)
+
     def of_row(self, b: int) -> "KeysValues":
         """Those of one sequence, as a batch of one."""
         return KeysValues(self.k[b : b + 1], None if self.v is None else self.v[b : b + 1])
-
-    def put(self, slot: int, *new: Float[Tensor, "B G D"]) -> None:
-        """One token of each sequence into one slot."""
-        for kept, x in zip(self, new, strict=False):
-            kept[:, slot].copy_(x)
 
 
 class LayerCache:

@@ -159,6 +159,13 @@ class BlockCompressor(nn.Module):
         compressed = self._compress(padded).to(x.dtype)
         return compressed[:, : blocks.num_compress_blocks(x.shape[1], self.cfg)].contiguous()
 
+    def fold(self, block: Float[Tensor, "B l G D"]) -> Float[Tensor, "B G D"]:
+        """`forward` of one block."""
+        window = block.transpose(1, 2).unsqueeze(2)
+        if self.positions is not None:
+            window = window + self.positions.to(block.dtype)
+        return self.network(window).squeeze(2).to(block.dtype)
+
     def pooling(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
         """What makes φ of a block, where it is a weighted mean of tokens; None for any other φ.
 

@@ -4,7 +4,6 @@ An empty cache is filled by the layer's own forward pass over the whole prompt; 
 many, attend to the cache. Both give what one forward pass over all tokens would, without gradients.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from nsa.backends import BACKENDS
 from nsa.cache import LayerCache, recall
 from nsa.config import NSAConfig
 from nsa.heads import Branches, Heads
-from nsa.rotary import Rotary, rotate
+from nsa.rotary import frequencies, rotate
 from nsa.selection import control_blocks
 
 
@@ -47,10 +46,9 @@ def sparse_attention(
         return attn.gated_sum(x)
     if attn.selection not in ("learned", "none"):
         return gated_sum(attn, tokens, cache, counts)
-    one_each = tokens.shape[1] == 1 and counts is None
-    if one_each and attn.backend in PORTABLE and tokens.device.type == "cpu":
+    if cpu_step.takes(tokens, counts, backend=attn.backend):
         make_room(cache, 1, causal=attn.cfg.causal)
-        return cpu_step.one_token(attn, attn.split_heads(tokens), cache)
+        return cpu_step.sparse_attention(attn, tokens, cache)
     if BACKENDS[attn.backend].cached_attention is not None:
         make_room(cache, tokens.shape[1], causal=attn.cfg.causal)
         return attend_by_kernels(attn, attn.split_heads(tokens), cache, counts)
@@ -65,7 +63,6 @@ def gated_sum(
     return ops.combine(gates, compressed, selected, sliding)
 
 
-PORTABLE = ("torch", "flex")  # backends that have no decode kernels; "reference" stays the oracle
 MOST_TOKENS = 64  # that one launch of decode kernels takes: their scores are T x C numbers
 
 
@@ -109,12 +106,6 @@ def append_one_token(
         folded = [network(x) for network, x in zip(networks, block, strict=True)]
         step.append_block(folded, parts["compressed"], cache.lengths, attn.cfg)
     return q_rot, parts["window"]
-
-
-@lru_cache
-def frequencies(rotary: Rotary, device: torch.device) -> Float[Tensor, " half"]:
-    """`Rotary.frequencies`, kept: a step has no time to compute them in every layer."""
-    return rotary.frequencies(device)
 
 
 def append_tokens(

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def split_gates(logits: Float[Tensor, "B T L"], heads: int) -> Float[Tensor, "B T H 3"]:
+def split_gates(logits: Float[Tensor, "*B L"], heads: int) -> Float[Tensor, "*B H 3"]:
     """Raises ValueError if there are not three logits a head."""
     if logits.shape[-1] != 3 * heads:
         raise ValueError(

@@ -10,16 +10,19 @@ from torch import Tensor
 
 
 class Heads(NamedTuple):
-    """Tokens as `SparseAttention` projects them: nothing rotated, nothing compressed."""
+    """Tokens as `SparseAttention` projects them: nothing rotated, nothing compressed.
 
-    q: Float[Tensor, "B T H D"]
-    k_cmp: Float[Tensor, "B T G D"]
-    v_cmp: Float[Tensor, "B T G D"]
-    k_slc: Float[Tensor, "B T G D"]
-    v_slc: Float[Tensor, "B T G D"]
-    k_win: Float[Tensor, "B T G D"]
-    v_win: Float[Tensor, "B T G D"]
-    gates: Float[Tensor, "B T H 3"]
+    *B is B T, or B alone where each sequence has one token.
+    """
+
+    q: Float[Tensor, "*B H D"]
+    k_cmp: Float[Tensor, "*B G D"]
+    v_cmp: Float[Tensor, "*B G D"]
+    k_slc: Float[Tensor, "*B G D"]
+    v_slc: Float[Tensor, "*B G D"]
+    k_win: Float[Tensor, "*B G D"]
+    v_win: Float[Tensor, "*B G D"]
+    gates: Float[Tensor, "*B H 3"]
 
 
 class Branches(NamedTuple):

@@ -58,7 +58,7 @@ class HeadNorm(nn.RMSNorm):
     def __init__(self, dim_head: int) -> None:
         super().__init__(dim_head, eps=1e-6)  # PyTorch's own eps would depend on the dtype
 
-    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H D"]:
+    def forward(self, x: Float[Tensor, "*B H D"]) -> Float[Tensor, "*B H D"]:
         weight = self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 
@@ -115,11 +115,11 @@ class ProjectingLayer(AttentionLayer):
         check_documents(document_starts, num_rows, num_tokens, self.document_alignment or 1)
 
     def project(
-        self, tokens: Float[Tensor, "B T M"]
-    ) -> tuple[Float[Tensor, "B T H D"], list[Float[Tensor, "B T G D"]]]:
+        self, tokens: Float[Tensor, "*B M"]
+    ) -> tuple[Float[Tensor, "*B H D"], list[Float[Tensor, "*B G D"]]]:
         """Queries, and keys and values in the order of `kv_layout`, of normed tokens."""
         q = self.to_q(tokens).unflatten(-1, (self.heads, self.dim_head))
-        kv = list(self.to_kv(tokens).unflatten(-1, (-1, self.kv_heads, self.dim_head)).unbind(2))
+        kv = list(self.to_kv(tokens).unflatten(-1, (-1, self.kv_heads, self.dim_head)).unbind(-3))
         if self.q_norm is not None and self.k_norms is not None:
             q = self.q_norm(q)
             for place, norm in self.k_norms.items():
@@ -157,5 +157,5 @@ def check_tokens(tokens: Tensor, dim: int) -> None:
         )
     if not tokens.shape[1]:
         raise ValueError("tokens is empty: each sequence needs at least one token")
-    if not torch.is_floating_point(tokens):
+    if not tokens.dtype.is_floating_point:
         raise ValueError(f"tokens has dtype {tokens.dtype}: attention takes floats, not token ids")

@@ -7,6 +7,7 @@ the formulas of transformers' `modeling_rope_utils`.
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -182,13 +183,19 @@ class Rotary:
         """Angles in radians of any positions."""
         return positions.float()[..., None] * self.frequencies(positions.device)
 
-    def scale(self, k: Float[Tensor, "B T G D"]) -> Float[Tensor, "B T G D"]:
+    def scale(self, k: Float[Tensor, "*B G D"]) -> Float[Tensor, "*B G D"]:
         """Keys that are going to turn, times what a scaling multiplies scores by.
 
         It commutes with the rotation, so no kernel that rotates needs to know of it.
         """
         scale = 1.0 if self.scaling is None else self.scaling.key_scale
         return k if scale == 1 else k * scale
+
+
+@lru_cache
+def frequencies(rotary: Rotary, device: Device = None) -> Float[Tensor, " half"]:
+    """`Rotary.frequencies`, kept: a step of decoding has no time to compute them in every layer."""
+    return rotary.frequencies(device)
 
 
 def rotate(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from nsa.step_graph import StepGraph
@@ -130,6 +130,9 @@ class Decoder:
         self.model = model
         self.cache = model.empty_cache(batch, capacity)
         self.graph = StepGraph(model, self.cache) if graph else None
+        # In inference mode an operator costs the host less. FSDP cannot train on with weights that
+        # it gathered in it.
+        self.inference = all(type(weight) is nn.Parameter for weight in model.parameters())
 
     def prefill(self, ids: Int[Tensor, "B T"], counts: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Forget everything and take a whole context in."""
@@ -140,7 +143,8 @@ class Decoder:
         """Take one more token of each sequence in."""
         if self.graph is not None:
             return self.graph(ids)[:, 0]
-        return self.model(ids, cache=self.cache, only_last=True)[:, 0]
+        with torch.inference_mode(self.inference):
+            return self.model(ids, cache=self.cache, only_last=True)[:, 0]
 
 
 class Recomputer:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nsa import blocks, ops
+from nsa import blocks, cpu_step, ops
 from nsa.backends import resolve_backend
 from nsa.blocks import Starts
 from nsa.cache import LayerCache, dense_cache, window_cache
@@ -65,7 +65,11 @@ class Twin(ProjectingLayer):
             return self._output(tokens, self._attend(*qkv, document_starts))
         cache = self.empty_cache(*tokens.shape[:2]) if cache is None else cache
         make_room(cache, tokens.shape[1], causal=self.causal)
-        out = self._output(tokens, self._attend_cached(project, cache, counts))
+        if cpu_step.takes(tokens, counts, backend=self.rotates_by):
+            attended = cpu_step.twin_attention(self, tokens, cache)
+        else:
+            attended = self._attend_cached(project, cache, counts)
+        out = self._output(tokens, attended)
         return (out, cache) if return_cache else out
 
     @abstractmethod

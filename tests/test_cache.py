@@ -5,6 +5,7 @@ import torch
 from kernel_inputs import DEVICE
 from test_transformer import ATTENTION as SIZES
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa.attention import Attention, SparseAttention, WindowAttention
 from nsa.cache import LayerCache
@@ -36,6 +37,18 @@ def sparse(phi: str = "attention_pool", **options) -> SparseAttention:
 
 def tokens(batch: int = 2, length: int = T) -> Tensor:
     return torch.randn(batch, length, M, dtype=torch.float64)
+
+
+class CountOperators(TorchDispatchMode):
+    """How many operators torch is asked for, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -106,10 +119,41 @@ def test_the_cpu_step_equals_the_forward_pass(name: str) -> None:
     ["mlp", "grouped_mlp", "single_projection", "conv_linear", "compress_transformer", "mean_pool"],
 )
 def test_every_compress_network(phi: str) -> None:
-    attn, x = sparse(phi), tokens(1)
-    out, cache = attn(x[:, :9], return_cache=True)
-    rest = [attn(x[:, t : t + 1], cache=cache) for t in range(9, T)]
-    close(torch.cat([out, *rest], 1), attn(x))
+    x = tokens(1)
+    for backend in ("reference", "torch"):  # which folds one block at a time
+        attn = sparse(phi, backend=backend)
+        out, cache = attn(x[:, :9], return_cache=True)
+        rest = [attn(x[:, t : t + 1], cache=cache) for t in range(9, T)]
+        close(torch.cat([out, *rest], 1), attn(x))
+
+
+@pytest.mark.parametrize("kind", ["window", "dense"])
+def test_the_cpu_step_of_the_twins(kind: str) -> None:
+    """From the first token on, which is longer than the window in the end."""
+    options: dict = dict(rope_scaling=YARN, qk_norm=True)
+    attn = WindowAttention(M, D, H, W, G, **options)
+    if kind == "dense":
+        attn = Attention(M, D, H, G, output_gate=True, **options)
+    attn, x = randomised(attn), tokens(2, 20)
+    cache = attn.empty_cache(2, 4)
+    close(torch.cat([attn(x[:, t : t + 1], cache=cache) for t in range(20)], 1), attn(x))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("nsa", 357), ("window", 155), ("dense", 163)])
+def test_a_step_on_a_cpu_asks_for_few_operators(kind: str, most: int) -> None:
+    """Of each, its time is mostly what it costs the host. Fewer are welcome: lower the numbers."""
+    attention = SIZES | {"compress_network": "attention_pool", "num_selected_blocks": 2}
+    attention |= {"backend": "torch"}
+    model = Transformer(
+        31, 16, 4, 4, 4, kv_heads=2, seq_len=64, attention=attention, layer_pattern=(kind,)
+    )
+    stream = model.stream(torch.zeros(1, 40, dtype=torch.long), 60, seed=0)
+    next(stream)
+    next(stream)
+    with CountOperators() as counted:
+        for _ in range(8):
+            next(stream)
+    assert counted.number / 8 <= most, counted.number / 8
 
 
 @pytest.mark.parametrize("prompt", range(1, 2 * BLOCK + 2))
