@@ -74,24 +74,7 @@ class RecallDataModule(TokenDataModule):
         **numbers: Any,
     ) -> None:
         super().__init__(**numbers)
-        if task not in TASKS:
-            raise ValueError(f"data.task={task!r} must be one of {', '.join(TASKS)}")
-        if self.vocab_size != ByteTokenizer.vocab_size:
-            raise ValueError(f"data.vocab_size={self.vocab_size} must be 256 for a task")
-        at_least_one = {
-            "num_facts": num_facts,
-            "num_questions": num_questions,
-            "facts_per_cluster": facts_per_cluster,
-            "block_size": block_size,
-            "grow_from": grow_from,
-            "val_sequences": val_sequences,
-            "test_sequences": test_sequences,
-        }
-        for option, value in at_least_one.items():
-            check_at_least(f"data.{option}", value, 1)
-        check_at_least("data.min_distance", min_distance, 0)
-        check_at_least("data.grow_samples", grow_samples, 0)
-        check_places(task, num_facts, num_questions, block_size, offset, needle_depth)
+        check_task(task, self.vocab_size)
         self.task = task
         self.sizes = Sizes(
             seq_len=self.seq_len,
@@ -103,9 +86,12 @@ class RecallDataModule(TokenDataModule):
             offset=offset,
             needle_depth=needle_depth,
         )
-        check_documents(self.seq_len, grow_from)
+        check_sizes(task, self.sizes)
+        check_growth(self.seq_len, grow_samples, grow_from)
         self.grow_samples, self.grow_from = grow_samples, grow_from
         self.num_sequences = {"val": val_sequences, "test": test_sequences}
+        for split, number in self.num_sequences.items():
+            check_at_least(f"data.{split}_sequences", number, 1)
         sizes = {"seq_len": self.seq_len, "micro_batch_size": 1}
         self.text = StdlibDataModule(name="stdlib", vocab_size=256, **sizes)
         growth = f"grow_samples={grow_samples}, grow_from={grow_from}"
@@ -220,8 +206,18 @@ class TaskWindows(TrainingSamples):
         return found
 
 
-def check_documents(seq_len: int, grow_from: int) -> None:
+def check_task(task: str, vocab_size: int) -> None:
+    """Refuse an unknown task, and another vocabulary than bytes."""
+    if task not in TASKS:
+        raise ValueError(f"data.task={task!r} must be one of {', '.join(TASKS)}")
+    if vocab_size != ByteTokenizer.vocab_size:
+        raise ValueError(f"data.vocab_size={vocab_size} must be 256 for a task")
+
+
+def check_growth(seq_len: int, grow_samples: int, grow_from: int) -> None:
     """Refuse a number of documents that cannot be halved, or that does not divide a window."""
+    check_at_least("data.grow_samples", grow_samples, 0)
+    check_at_least("data.grow_from", grow_from, 1)
     if grow_from & (grow_from - 1) or seq_len % grow_from:
         raise ValueError(
             f"data.grow_from={grow_from} must be a power of two that divides "
@@ -229,29 +225,26 @@ def check_documents(seq_len: int, grow_from: int) -> None:
         )
 
 
-def check_places(
-    task: str,
-    num_facts: int,
-    num_questions: int,
-    block_size: int,
-    offset: int | None,
-    needle_depth: float | None,
-) -> None:
+def check_sizes(task: str, sizes: Sizes) -> None:
     """Refuse what no window could hold, however long."""
+    for option in ("num_facts", "num_questions", "facts_per_cluster", "block_size"):
+        check_at_least(f"data.{option}", getattr(sizes, option), 1)
+    check_at_least("data.min_distance", sizes.min_distance, 0)
     most = {"induction": 128, "selective_copy": None, "needles": 8}.get(task, 64)
     least = 2 if task == "induction" else 1
-    if num_facts < least or (most is not None and num_facts > most):
+    if sizes.num_facts < least or (most is not None and sizes.num_facts > most):
         raise ValueError(
-            f"data.num_facts={num_facts} must be at least {least} and at most {most} for "
+            f"data.num_facts={sizes.num_facts} must be at least {least} and at most {most} for "
             f"data.task={task}"
         )
-    if task in ("recall", "straddle") and num_questions > num_facts:
+    if task in ("recall", "straddle") and sizes.num_questions > sizes.num_facts:
         raise ValueError(
-            f"data.num_questions={num_questions} must be at most data.num_facts={num_facts}"
+            f"data.num_questions={sizes.num_questions} must be at most "
+            f"data.num_facts={sizes.num_facts}"
         )
-    if offset is not None and not 0 <= offset < block_size:
-        raise ValueError(f"data.offset={offset} must be from 0 to data.block_size - 1")
-    if needle_depth is not None and not 0 <= needle_depth <= 1:
+    if sizes.offset is not None and not 0 <= sizes.offset < sizes.block_size:
+        raise ValueError(f"data.offset={sizes.offset} must be from 0 to data.block_size - 1")
+    if sizes.needle_depth is not None and not 0 <= sizes.needle_depth <= 1:
         raise ValueError(
-            f"data.needle_depth={needle_depth} must be from 0 (the beginning) to 1 (the end)"
+            f"data.needle_depth={sizes.needle_depth} must be from 0 (the beginning) to 1 (the end)"
         )
