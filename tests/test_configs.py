@@ -5,6 +5,7 @@ import inspect
 from functools import cache
 from pathlib import Path
 
+import forked_runs
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -223,3 +224,22 @@ def test_everything_in_conf_is_read() -> None:
 def test_mistyped_keys_are_refused(mistake: str) -> None:
     with pytest.raises(HydraException, match=mistake.split("=")[0].split(".")[-1]):
         composed(mistake)
+
+
+COUNTED = """
+import runpy, sys
+from hydra._internal.config_loader_impl import ConfigLoaderImpl as Loader
+load, composed = Loader.load_configuration, []
+Loader.load_configuration = lambda *args, **options: composed.append(0) or load(*args, **options)
+program, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_path(program, run_name="__main__")
+except SystemExit as refused:
+    print(refused, len(composed))
+"""
+
+
+def test_a_start_composes_for_the_folder_and_for_the_run_alone(tmp_path: Path) -> None:
+    command = [str(command_line.PROGRAM), "trainer=cpu", "val_every_n_steps=0"]
+    done = forked_runs.python(COUNTED, *command, cwd=tmp_path)
+    assert "val_every_n_steps=0 must be" in done.stdout and done.stdout.endswith(" 2\n"), done
