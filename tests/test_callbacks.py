@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -503,7 +504,7 @@ def test_provenance(tmp_path, project):
     patch = (run / "diff.patch").read_text()
     assert "-old\n+new" in patch
     found = json.loads((run / "versions.json").read_text())
-    assert found["packages"]["torch"] == torch.__version__ and found["python"][:2] == "3."
+    assert found["packages"]["torch"] == version("torch") and found["python"][:2] == "3."
     command = (run / "command.txt").read_text().splitlines()
     assert command[0] == f"cd {Path.cwd()}" and command[1].startswith(sys.executable)
 

@@ -277,6 +277,7 @@ def test_only_the_wrapping_of_hydra_is_taken_off() -> None:
         (["trainer.max_time=00:00:00:00"], "trainer.max_time is over, which counts the whole run"),
         (["max_time_per_start=soon"], "must have the form DD:HH:MM:SS"),
         (["sparsity_schedule={until: 0.5}"], "must be a list of stages, as in [{until: 0.25, num"),
+        (["importance_loss.weight=true"], "importance_loss.weight=True must be a number of at"),
     ],
 )
 def test_what_ends_or_changes_a_run_is_said(folder: Path, words: list[str], said: str) -> None:

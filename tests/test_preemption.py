@@ -193,6 +193,7 @@ def test_ctrl_c_and_a_closed_terminal_save_the_run_until_it_is_finished(folder: 
 
 LOADER = """
 import time
+from data.loader_signals import leave_signals_to_the_trainer
 leave_signals_to_the_trainer(0)
 print("serving", flush=True)
 time.sleep(60)

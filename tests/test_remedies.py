@@ -177,7 +177,6 @@ def impossible() -> Iterator[Any]:
     for attention, loss, message in (
         ({}, {"weight": -1.0}, "weight=-1.0 must be a number of at least 0"),
         ({}, {"weight": float("nan")}, "weight=nan must be a number of at least 0"),
-        ({}, {"weight": True}, "weight=True must be a number of at least 0"),
         ({}, {"num_queries": 0}, "num_queries=0 must be at least 1"),
         ({"selection": "random"}, {"weight": 1.0}, "no layer of the model selects"),
         ({"importance": "logit_mean"}, {"weight": 1.0}, "importance=probability_sum"),

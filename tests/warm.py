@@ -4,8 +4,10 @@ import gc
 import importlib
 import io
 import os
+from functools import partial
 from pathlib import Path
 
+import torch
 from hydra.core.plugins import Plugins
 
 from callbacks.attention_statistics import draw_gates
@@ -13,6 +15,9 @@ from callbacks.provenance import packages
 from runs import command_line
 
 gc.disable()  # what is imported stays
+# A fork makes PyTorch's pool of threads anew when it is first asked for. Ask here, in whatever is
+# forked from this process: two threads that ask at once find none ("Invalid thread pool").
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 ROOT = Path(__file__).parent.parent
 
 for folder in ("callbacks", "data", "runs"):
