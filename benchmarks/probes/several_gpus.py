@@ -169,10 +169,11 @@ def killed(runs: Runs, table: list[str]) -> None:
 
 
 def launched_by(leader: int) -> list[int]:
-    """The processes that a run's first one started: its other ranks, then helpers of its own."""
-    listed = ["ps", "-o", "pid=,args=", "--ppid", str(leader)]
-    lines = subprocess.run(listed, capture_output=True, text=True).stdout.splitlines()
-    return [int(line.split()[0]) for line in lines if "train.py" in line]
+    """The other ranks of a run; its first process has loader processes among its children too."""
+    listed = ["ps", "-o", "pid=", "--ppid", str(leader)]
+    children = subprocess.run(listed, capture_output=True, text=True).stdout.split()
+    given = {child: Path("/proc", child, "environ").read_bytes() for child in children}
+    return [int(child) for child, variables in given.items() if b"LOCAL_RANK=" in variables]
 
 
 def alive(process: int) -> bool:
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--override", nargs="*", default=[], help="more words for train.py")
     options = parser.parse_args()
     stop = time.monotonic() + 60 * options.minutes
-    folder = Path(tempfile.mkdtemp(prefix="two-gpus-"))
+    folder = Path(tempfile.mkdtemp(prefix="several-gpus-"))
     runs = Runs(folder, 100, options.override)
     table: list[str] = []
     checks: list[Callable[[], None]] = [
