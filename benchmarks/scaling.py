@@ -33,6 +33,7 @@ SIZES = {  # preset, tokens of a sequence: sequences a GPU, and a step that GPUs
     ("nsa_large", 8192): (4, 16),
     ("nsa_large", 65_536): (1, 8),
 }
+WAYS = ("weak", "strong")
 STEPS = 24
 BARS = {(4, "ddp"): 0.93, (8, "ddp"): 0.88, (4, "fsdp"): 0.85, (8, "fsdp"): 0.85}  # weak
 PICTURE = Path(__file__).parents[1] / "docs" / "bench_scaling.png"
@@ -47,11 +48,12 @@ class Point(NamedTuple):
     gpus: int
 
 
-def points(available: int, strategies: Sequence[str], names: Sequence[str]) -> list[Point]:
+def points(available: int, options: argparse.Namespace) -> list[Point]:
     """The runs, a single GPU first, so that an early stop leaves what can be compared."""
     found = []
-    for (name, tokens), kind in product(SIZES, ("weak", "strong")):
-        if name not in names:
+    ways: Sequence[str] = options.scaling
+    for (name, tokens), kind in product(SIZES, ways):
+        if name not in options.presets or tokens not in options.tokens:
             continue
         each, shared = SIZES[name, tokens]
         for gpus in (count for count in COUNTS if count <= available):
@@ -60,7 +62,7 @@ def points(available: int, strategies: Sequence[str], names: Sequence[str]) -> l
             words += (f"batch.sequences_per_step={sequences}",)
             words += (f"trainer.devices={gpus}",) if gpus > 1 else ()
             job = Job(name, tokens, sequences, STEPS, words)
-            how = ("one",) if gpus == 1 else strategies
+            how = ("one",) if gpus == 1 else options.strategies
             found += [Point(job, kind, strategy, gpus) for strategy in how]
     return found
 
@@ -147,7 +149,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = list(dict.fromkeys(name for name, _ in SIZES))
+    lengths = list(dict.fromkeys(tokens for _, tokens in SIZES))
     parser.add_argument("--presets", nargs="+", choices=names, default=names)
+    parser.add_argument("--tokens", type=int, nargs="+", choices=lengths, default=lengths)
+    parser.add_argument("--scaling", nargs="+", choices=WAYS, default=[*WAYS])
     parser.add_argument("--strategies", nargs="+", choices=("ddp", "fsdp"), default=["ddp", "fsdp"])
     parser.add_argument("--minutes", type=float, default=30.0, help="for all of it")
     parser.add_argument("--job-seconds", type=float, default=150.0, help="for one run")
@@ -171,7 +176,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="scaling-"))
     presets.write_text(folder)
     rows, figures = [], []
-    for point in points(gpus, options.strategies, options.presets):
+    for point in points(gpus, options):
         left = stop - time.time()
         if left < 20:
             print(f"no time left for {point}", flush=True)
