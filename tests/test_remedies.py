@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsa import blocks
 from nsa.attention import SparseAttention
-from nsa.training.importance_loss import divergence
+from nsa.training.importance_loss import ImportanceLoss, divergence
 from nsa.training.sparsity import checked_stages
 from runs import notices
 from runs.same_run import check_same_run
@@ -21,6 +21,8 @@ from runs.strategies import FSDP2Strategy
 
 pytestmark = OF_LIGHTNING
 DIM, D, H, G, NUM_TOKENS = 16, 8, 4, 2, 48
+# Two of three blocks to choose from:
+FREE = ATTENTION | {"num_initial_blocks": 0, "num_local_blocks": 1}
 
 
 def layer(**options: Any) -> SparseAttention:
@@ -99,6 +101,18 @@ def test_it_teaches_the_layer_to_keep_what_attention_looks_at() -> None:
     assert misses() < 0.7 * before
 
 
+def test_no_more_queries_are_compared_than_there_are() -> None:
+    model = make_module(model=MODEL | {"attention": FREE}).model
+    attn, tokens = model.blocks[0].attention, torch.randn(2, 12, MODEL["dim"])
+    every = divergence(attn, tokens, torch.arange(12).expand(2, -1))
+    assert every > 0
+    for num_queries in (12, 10**12):  # the latter fit into no memory
+        loss = ImportanceLoss(model, 1.0, num_queries)
+        assert torch.equal(loss([tokens] * len(model.blocks)), every)
+    some = ImportanceLoss(model, 1.0, num_queries=11)
+    assert not torch.equal(some([tokens] * len(model.blocks)), every)
+
+
 class Sizes(L.Callback):
     """What a run's first layer had in each step, in validations, and in the test."""
 
@@ -150,8 +164,7 @@ def test_the_densest_stage_is_the_one_of_the_most_work() -> None:
 
 
 def test_both_change_what_is_learned_and_cost_nothing_when_off(tmp_path: Path) -> None:
-    free = {"num_initial_blocks": 0, "num_local_blocks": 1}  # two of three blocks to choose from
-    model = MODEL | {"attention": ATTENTION | free}
+    model = MODEL | {"attention": FREE}
     plain, off, taught = (
         trained(tmp_path, model=model, importance_loss=loss)
         for loss in (None, {"num_queries": 3}, {"weight": 0.5, "num_queries": 3})

@@ -39,7 +39,8 @@ class ImportanceLoss:
     Args:
         model: whose layers learn.
         weight: of the loss beside the cross-entropy; 0 turns it off.
-        num_queries: Q, drawn anew for each sequence, layer and step.
+        num_queries: Q, drawn anew for each sequence, layer and step. Where a sequence has no more
+            tokens than that, each of its queries is taken once.
 
     Raises:
         ValueError: for a number that is too small, and, with a weight, for a model that cannot
@@ -75,6 +76,8 @@ class ImportanceLoss:
 
     def _draw(self, tokens: Tensor) -> Int[Tensor, "B Q"]:
         num_rows, num_tokens = tokens.shape[:2]
+        if num_tokens <= self.num_queries:
+            return torch.arange(num_tokens, device=tokens.device).expand(num_rows, -1)
         return torch.randint(num_tokens, (num_rows, self.num_queries), device=tokens.device)
 
 
