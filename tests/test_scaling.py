@@ -15,15 +15,17 @@ def row(gpus: int, tokens_per_second: float | None, kind: str = "weak") -> dict:
 
 
 def test_weak_scaling_grows_the_step_and_strong_scaling_shares_it() -> None:
-    points = scaling.points(4, ["ddp", "fsdp"], ["nsa_medium"])
+    points = scaling.points(4, scaling.parse(["--presets", "nsa_medium"]))
     assert [point.gpus for point in points[:5]] == [1, 2, 2, 4, 4]
     assert max(point.gpus for point in points) == 4, "no more than there are"
     weak = {p.gpus: p.job.sequences for p in points if p.kind == "weak" and p.job.tokens == 8192}
     strong = {p.job.sequences for p in points if p.kind == "strong" and p.job.tokens == 8192}
     assert weak == {1: 8, 2: 16, 4: 32} and strong == {16}
+    few = scaling.parse(["--presets", "nsa_medium", "--tokens", "8192", "--scaling", "strong"])
+    assert {(p.job.tokens, p.kind) for p in scaling.points(4, few)} == {(8192, "strong")}
 
 
-@pytest.mark.parametrize("point", scaling.points(8, ["ddp", "fsdp"], ["nsa_large"])[:9])
+@pytest.mark.parametrize("point", scaling.points(8, scaling.parse(["--presets", "nsa_large"]))[:9])
 def test_every_command_composes_and_shares_a_step_evenly(
     point: scaling.Point, tmp_path: Path
 ) -> None:
