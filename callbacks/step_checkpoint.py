@@ -83,14 +83,18 @@ class StepCheckpoint(RunCheckpoint):
             self.save(trainer)
 
     def save_between_steps(self, trainer: Trainer) -> None:
-        """Save the step that is done, unless it is saved already."""
-        if not self._should_skip_saving_checkpoint(trainer):
+        """Save the step that is done, also where it is saved already: time has passed since then,
+        and trainer.max_time counts it.
+        """
+        if trainer.global_step:
             with counted_as_in_the_last_batch(trainer):
                 self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Save now, whatever the cadence, and also where this step was saved before."""
         candidates = self._monitor_candidates(trainer)
+        # A step that is saved anew takes the place of its own file, not of the oldest one.
+        self.best_k_models.pop(self.format_checkpoint_name(candidates), None)
         self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
 

@@ -18,6 +18,7 @@ class Standing(NamedTuple):
     lacks: bool
     failures: list[str]
     complete: bool
+    time_is_over: bool = False
 
 
 Meet = Callable[[Standing], list[Standing]]  # of this rank -> of all
@@ -51,21 +52,34 @@ class TrainingSamples(Dataset):
         """Let loader processes go that wait for samples: nobody wants them any more."""
 
 
-def wait_for(data: TrainingSamples, samples: Sequence[int], meet: Meet) -> bool:
+def never() -> bool:
+    """The `time_is_over` of a process that has all the time it needs."""
+    return False
+
+
+def wait_for(
+    data: TrainingSamples,
+    samples: Sequence[int],
+    meet: Meet,
+    time_is_over: Callable[[], bool] = never,
+) -> bool:
     """Return once all ranks have these samples: whether all of them have the whole corpus.
 
     Raises:
         ChildProcessError: on every rank, if one will never have them.
+        TimeoutError: on every rank, if the time is over by rank zero's clock.
     """
     began, told = time.monotonic(), list[TrainingSamples]()
     while True:
         lacking = data.lacking(samples)
         failures = [why for part in lacking if (why := part.failure())]
-        ranks = meet(Standing(bool(lacking), failures, data.complete))
+        ranks = meet(Standing(bool(lacking), failures, data.complete, time_is_over()))
         if not any(rank.lacks for rank in ranks):
             break
         if failed := [why for rank in ranks for why in rank.failures]:
             raise ChildProcessError(failed[0])
+        if ranks[0].time_is_over:
+            raise TimeoutError
         time.sleep(LOOK_S)
         if not told and time.monotonic() - began > PATIENCE_S:
             told = lacking
@@ -80,28 +94,41 @@ def wait_for(data: TrainingSamples, samples: Sequence[int], meet: Meet) -> bool:
 class StepWait:
     """How a step waits for its samples, of all ranks.
 
-    `meet` and `before_giving_up` are for who knows the other ranks: the first may raise, on all of
-    them, to end the wait; the second is called on all of them before samples are given up.
+    `meet`, `time_is_over` and `before_giving_up` are for who knows the other ranks and the clock.
+    The first may raise, on all of them, to end the wait; the last is called on all of them before
+    samples are given up.
     """
 
     def __init__(self) -> None:
         self.meet: Meet = alone
+        self.time_is_over: Callable[[], bool] = never
         self.before_giving_up: Callable[[], None] = lambda: None
+        self.timed_out = False
         self._over = False  # whether all ranks have the whole corpus
 
-    def wait_for(self, data: TrainingSamples, samples: Sequence[int]) -> None:
-        """As `wait_for` says, which it does without once nothing is to come."""
+    def wait_for(self, data: TrainingSamples, samples: Sequence[int]) -> bool:
+        """As `wait_for` says, which it does without once nothing is to come.
+
+        Returns whether the samples are there: not if the time was over first (`timed_out`).
+        """
         if self._over:
-            return
+            return True
         try:
-            self._over = wait_for(data, samples, self.meet)
+            self._over = wait_for(data, samples, self.meet, self.time_is_over)
+        except TimeoutError:
+            self.timed_out = True
+            self.before_giving_up()
         except ChildProcessError:
             self.before_giving_up()
             raise
+        return not self.timed_out
 
 
 class StepLoader(DataLoader):
-    """Batches of training. Before it fetches the first one of a step, it waits for all of them."""
+    """Batches of training. Before it fetches the first one of a step, it waits for all of them.
+
+    They end where a wait ends because the time of the run is over.
+    """
 
     def __init__(self, data: TrainingSamples, wait: StepWait, **options: Any) -> None:
         super().__init__(data, **options)
@@ -115,7 +142,8 @@ class StepLoader(DataLoader):
         assert isinstance(data, TrainingSamples) and isinstance(sampler, TrainBatches)
         try:
             for step in range(sampler.start_step, sampler.num_steps):
-                self.wait.wait_for(data, sampler.of_step(step))
+                if not self.wait.wait_for(data, sampler.of_step(step)):
+                    return
                 for _ in range(sampler.accumulate):
                     yield next(batches)
         finally:

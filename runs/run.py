@@ -140,7 +140,7 @@ def build_trainer(cfg: DictConfig) -> L.Trainer:
     trainer = instantiate(
         cfg.trainer,
         precision=resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator),
-        callbacks=callbacks,
+        callbacks=[*callbacks, time_limit.WaitLimit()],
         logger=loggers,
         plugins=plugins(),
     )

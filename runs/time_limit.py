@@ -1,12 +1,14 @@
-"""A limit for each start of a run, which then goes on with the same command line."""
+"""Limits of time: of each start of a run, and of the waits in which Lightning does not look."""
 
 import os
 import re
 import signal
 import threading
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 
 from callbacks.preemption import Preemption
 
@@ -57,3 +59,26 @@ def limit_start(limit: str | None, trainer: Any) -> None:
             f"max_time_per_start={limit} saves through callbacks.preemption: keep that callback"
         )
     trainer.callbacks.append(StartLimit(limit))
+
+
+class WaitLimit(Callback):
+    """Has trainer.max_time end training while a step waits for its samples (`data.waiting`) too.
+
+    Lightning asks for the time after a step alone.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._wait: Any = getattr(trainer.datamodule, "step_wait", None)  # type: ignore[attr-defined]
+        if self._wait is not None:
+            self._wait.time_is_over = partial(time_is_over, trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._wait is not None and self._wait.timed_out:
+            trainer.should_stop = True  # or Lightning would begin another epoch
+
+
+def time_is_over(trainer: Any) -> bool:
+    """Whether trainer.max_time is, and training may end: trainer.min_steps are done."""
+    timers = (c for c in trainer.callbacks if isinstance(c, Timer))
+    left = [s for timer in timers if (s := timer.time_remaining()) is not None]
+    return min(left, default=1.0) <= 0 and trainer.fit_loop._can_stop_early

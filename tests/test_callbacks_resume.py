@@ -98,6 +98,16 @@ def test_a_killed_run_ends_as_one_never_interrupted(tmp_path, every, accumulate)
     assert "step_14.ckpt" in files  # the end is saved, on no cadence
 
 
+def test_a_step_that_is_saved_anew_takes_the_place_of_its_own_file(tmp_path):
+    best, last = savers(tmp_path, 2)
+    trainer = fit(tmp_path, best, last)
+    kept = names(tmp_path)
+    assert {"step_6.ckpt", "step_8.ckpt"} <= kept
+    (tmp_path / "step_8.ckpt").unlink()
+    last.save(trainer)
+    assert names(tmp_path) == kept
+
+
 def test_a_resumed_run_knows_the_validation_of_the_step_it_goes_on_from(tmp_path):
     run(tmp_path, 4, max_steps=4)
     content = torch.load(tmp_path / "step_4.ckpt", weights_only=True)

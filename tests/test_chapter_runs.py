@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from forked_runs import Signal, finished, run
 from test_packed_runs import TRAIN, on, output, rows_of
 
@@ -91,6 +92,23 @@ def test_a_run_that_waits_ends_at_once_and_goes_on(tmp_path: Path) -> None:
     trained = [row["step"] for row in rows_of(mine) if row["train/loss"]]
     assert trained == [*"123456"]
     assert [row["step"] for row in rows_of(mine) if row["val/loss"]] == ["3", "6"]
+
+
+def test_a_run_that_waits_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    write(tmp_path / "early.jsonl", range(20))
+    write(tmp_path / "late.jsonl", range(20, 200))
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    mine = tmp_path / "run"
+    options = [*CORPUS, "data.data_files=[early.jsonl,late.jsonl]", f"run_dir={mine}"]
+    options += ["data.chapter_tokens=250", "data.num_workers=2", "val_every_n_steps=50"]
+    options += ["trainer.max_time=00:00:00:01"]
+    slow = {"PYTHONPATH": f"{tmp_path}", "LOGGED": f"{tmp_path / 'never'}"}
+    finished(run(tmp_path, options, environment=slow), tmp_path)
+    assert "training ended after step 1 of 6: trainer.max_time is over" in output(tmp_path)
+    assert [row["step"] for row in rows_of(mine) if row["val/loss"]] == ["1"]
+    saved = torch.load(mine / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["callbacks"]["Timer"]["time_elapsed"]["train"] >= 1, "its wait counts"
+    assert saved["global_step"] == 1
 
 
 def test_what_breaks_during_training_ends_the_run_with_its_reason(tmp_path: Path) -> None:

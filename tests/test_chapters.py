@@ -135,6 +135,16 @@ def test_training_waits_for_a_chapter_and_says_so(monkeypatch: Any, caplog: Any)
     assert "training goes on after" in told[-1]
 
 
+def test_a_wait_ends_when_the_time_is_over_by_the_clock_of_rank_zero() -> None:
+    windows, clock, saved = corpus()._train_windows(), iter([False, True]), []
+    wait = waiting.StepWait()
+    wait.time_is_over = lambda: True  # of this rank, which is the second
+    wait.meet = lambda own: [own._replace(time_is_over=next(clock)), own]
+    wait.before_giving_up = lambda: saved.append(True)
+    assert not wait.wait_for(windows, [windows._ends[-1]])
+    assert wait.timed_out and saved and next(clock, None) is None
+
+
 def test_a_failure_is_told_at_once_and_ends_training_once_it_is_waited_for(caplog: Any) -> None:
     windows = corpus()._train_windows()
     windows.preparation = SimpleNamespace(failure=lambda: "row 7 is broken")
