@@ -63,7 +63,19 @@ def gated_sum(
     return ops.combine(gates, compressed, selected, sliding)
 
 
-MOST_TOKENS = 64  # that one launch of decode kernels takes: their scores are T x C numbers
+LAUNCH_BYTES = 2**30  # that decode kernels keep of the queries of one launch, about
+
+
+def most_tokens(q: Float[Tensor, "B n H D"], cache: LayerCache) -> int:
+    """How many tokens of each sequence one launch of decode kernels takes.
+
+    They store every query's scores of all compressed keys, and three branches so far, in float32:
+    of a whole prompt that would be T x C numbers. More tokens a launch than fill a GPU (64 do) save
+    launches, nothing else.
+    """
+    B, _, H, D = q.shape
+    C = cache["compressed"].k.shape[1]
+    return max(1, LAUNCH_BYTES // (4 * B * H * (C + 3 * D)))
 
 
 def attend_by_kernels(
@@ -71,8 +83,8 @@ def attend_by_kernels(
 ) -> Float[Tensor, "B n H D"]:
     """`sparse_attention` by the backend's own decode kernels; the host never waits for them."""
     num_new, step = heads.q.shape[1], BACKENDS[attn.backend]
-    if num_new > MOST_TOKENS:
-        return attend_in_chunks(attn, heads, cache, counts)
+    if num_new > (most := most_tokens(heads.q, cache)):
+        return attend_in_chunks(attn, heads, cache, counts, most)
     assert step.cached_attention
     if num_new == 1 and counts is None:
         positions = cache.lengths[:, None]
@@ -133,12 +145,12 @@ def append_tokens(
 
 
 def attend_in_chunks(
-    attn: Any, heads: Heads, cache: LayerCache, counts: Int[Tensor, " B"] | None
+    attn: Any, heads: Heads, cache: LayerCache, counts: Int[Tensor, " B"] | None, most: int
 ) -> Float[Tensor, "B n H D"]:
-    """`attend_by_kernels`, MOST_TOKENS tokens at a time."""
+    """`attend_by_kernels`, at most so many tokens at a time."""
     outs = []
-    for first in range(0, heads.q.shape[1], MOST_TOKENS):
-        part = Heads(*(x[:, first : first + MOST_TOKENS] for x in heads))
+    for first in range(0, heads.q.shape[1], most):
+        part = Heads(*(x[:, first : first + most] for x in heads))
         size = part.q.shape[1]
         some = None if counts is None else (counts - first).clamp(0, size)
         outs.append(attend_by_kernels(attn, part, cache, some))

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa.attention import Attention, SparseAttention, WindowAttention
-from nsa.cache import LayerCache
+from nsa.cache import LayerCache, sparse_cache
 from nsa.compress_networks import build_compress_network
+from nsa.config import NSAConfig
+from nsa.decoding import most_tokens
 from nsa.transformer import Transformer
 
 M, D, H, G = 24, 6, 4, 2
@@ -242,7 +244,7 @@ def test_a_layer_that_looks_ahead_has_no_cache() -> None:
 
 def test_triton_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt, several tokens, one by one: the float64 reference to the rounding of float32."""
-    monkeypatch.setattr("nsa.decoding.MOST_TOKENS", 4)
+    monkeypatch.setattr("nsa.decoding.most_tokens", lambda q, cache: 4)
     options = {"rope_scaling": YARN, "qk_norm": True}
     exact, x = sparse(**options), tokens(2, 26).to(DEVICE)
     fast = sparse(backend="triton", **options).float().to(DEVICE)
@@ -256,6 +258,28 @@ def test_triton_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         at = cache.positions(size)
         got = fast(x[row, at].float(), cache=cache)
         torch.testing.assert_close(got.double(), want[row, at], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.gpu  # the interpreter takes half a minute
+def test_triton_takes_many_tokens_in_one_launch() -> None:
+    exact, fast = sparse().to(DEVICE), sparse(backend="triton").float().to(DEVICE)
+    x = tokens(2, 160).to(DEVICE)
+    cache = fast.empty_cache(2, 160)
+    fast(x[:, :10].float(), cache=cache)
+    got = fast(x[:, 10:].float(), cache=cache)
+    torch.testing.assert_close(got.double(), exact(x)[:, 10:], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "width", "num_tokens", "most"),
+    [(1, 16, 64, 32768, 7489), (1, 64, 128, 65536, 936), (4096, 64, 256, 65536, 1)],
+)
+def test_what_a_launch_keeps_is_bounded(
+    batch: int, heads: int, width: int, num_tokens: int, most: int
+) -> None:
+    q = torch.empty(batch, 1, heads, width, device="meta")
+    cache = sparse_cache(NSAConfig(), q[:, :, :1], num_tokens)
+    assert most_tokens(q, cache) == most
 
 
 def test_triton_without_compressed_output() -> None:
