@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from nsa import blocks, decoding, ops
 from nsa.backends import resolve_backend
@@ -116,8 +114,7 @@ class SparseAttention(ProjectingLayer):
     ) -> None:
         super().__init__()
         self.selection, self.selection_seed = check_selection(selection), selection_seed
-        if selection == "none":
-            num_selected_blocks = 0
+        num_selected_blocks = 0 if selection == "none" else num_selected_blocks
         self.cfg = NSAConfig(
             sliding_window_size=sliding_window_size,
             compress_block_size=compress_block_size,
@@ -138,21 +135,12 @@ class SparseAttention(ProjectingLayer):
         phi = compress_mlp
         if phi is None:
             phi = CompressMLP(dim_head, compress_block_size, compress_mlp_expand_factor)
-        if not compressed_output:
-            check_scores_can_learn(
-                phi,
-                num_selected_blocks=num_selected_blocks,
-                use_diff_topk=self.use_diff_topk,
-                kv_per_branch=kv_per_branch,
-                num_memories=num_compressed_mem_kv,
-            )
-
         layout = kv_layout(kv_per_branch, compressed_output, num_selected_blocks > 0)
         rotary = Rotary(dim_head, rope_base, find_scaling(rope_scaling))
         self.build_projections(
             dim, heads, groups, rotary, norm=norm, qk_norm=qk_norm, kv_layout=layout
         )
-        self._build_compression(phi, num_compressed_mem_kv)
+        self._build_compression(phi, num_compressed_mem_kv, kv_per_branch=kv_per_branch)
         self.to_gates = gate_network(dim, heads, gate_bias, strategy_combine_mlp)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
         warn_if_phi_is_large(self, [c.network for c in self._compressors])
@@ -167,9 +155,17 @@ class SparseAttention(ProjectingLayer):
         options = [option for option, wanted in needed.items() if wanted]
         return resolve_backend(backend, options=options, importance=self.cfg.importance)
 
-    def _build_compression(self, phi: nn.Module, num_memories: int) -> None:
+    def _build_compression(self, phi: nn.Module, num_memories: int, *, kv_per_branch: bool) -> None:
         if num_memories < 0:
             raise ValueError(f"num_compressed_mem_kv={num_memories} must be at least 0")
+        if not self.compressed_output:
+            check_scores_can_learn(
+                phi,
+                num_selected_blocks=self.cfg.num_selected_blocks,
+                use_diff_topk=self.use_diff_topk,
+                kv_per_branch=kv_per_branch,
+                num_memories=num_memories,
+            )
         cfg, groups, width = self.cfg, self.kv_heads, self.dim_head
         check_folds(phi, groups, cfg.compress_block_size, width)
         # Compressed keys that only rank blocks have no gradient: no positions then.
@@ -287,15 +283,9 @@ class SparseAttention(ProjectingLayer):
         return keys if self.compressed_output else keys | {"compressed": 0 * keys["sliding"]}
 
     def compress_flops(self, num_tokens: int) -> float:
-        """What φ spends on one block, counted as it runs, times C."""
-        shape = (1, self.kv_heads, 1, self.cfg.compress_block_size, self.dim_head)
-        windows = torch.empty(shape, device="meta")
-        with FlopCounterMode(display=False) as counter:
-            for phi in (compressor.network for compressor in self._compressors):
-                sizes = {name: p.shape for name, p in phi.named_parameters()}  # p may be sharded
-                blank = {name: torch.empty(sizes[name], device="meta") for name in sizes}
-                functional_call(phi, blank, windows)
-        return float(counter.get_total_flops()) * blocks.num_compress_blocks(num_tokens, self.cfg)
+        """What φ spends on one block of keys and one of values, times C."""
+        flops = sum(compressor.flops_per_block() for compressor in self._compressors)
+        return flops * blocks.num_compress_blocks(num_tokens, self.cfg)
 
     def extra_repr(self) -> str:
         cfg = self.cfg

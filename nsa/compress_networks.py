@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from nsa import blocks, ops
 from nsa.compress_transformers import compress_transformer, per_head_transformer
@@ -147,8 +149,8 @@ class BlockCompressor(nn.Module):
         super().__init__()
         self.cfg, self.backend = cfg, backend
         self.network = copy.deepcopy(network)
-        shape = (kv_heads, 1, cfg.compress_block_size, dim_head)
-        self.positions = nn.Parameter(torch.zeros(shape)) if positions else None
+        self.block_shape = (kv_heads, 1, cfg.compress_block_size, dim_head)  # [G 1 l D]
+        self.positions = nn.Parameter(torch.zeros(self.block_shape)) if positions else None
 
     def forward(self, x: Float[Tensor, "B T G D"]) -> Float[Tensor, "B C G D"]:
         """[B C G D] from [B T G D]; C is 0 where T < l."""
@@ -177,6 +179,15 @@ class BlockCompressor(nn.Module):
         if type(self.network) is AttentionPool:
             return self.positions, self.network.to_scores.weight, self.network.position_scores
         return None
+
+    def flops_per_block(self) -> float:
+        """What φ spends on one block, counted as it runs."""
+        window = torch.empty(1, *self.block_shape, device="meta")
+        sizes = {name: p.shape for name, p in self.network.named_parameters()}  # p may be sharded
+        blank = {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+        with FlopCounterMode(display=False) as counter:
+            functional_call(self.network, blank, window)
+        return float(counter.get_total_flops())
 
     def _compress(self, x: Float[Tensor, "B T G D"]) -> Float[Tensor, "B C G D"]:
         if type(self.network) is MeanPool:

@@ -158,6 +158,17 @@ class Recomputer:
         return self.model(ids)[torch.arange(len(ids), device=ids.device), counts - 1]
 
 
+def source_of_logits(
+    model: Any, context: Context, num_new: int, *, use_cache_kv: bool
+) -> Decoder | Recomputer:
+    """A cache with room for the context and `num_new` tokens, or none."""
+    if not (use_cache_kv and model.has_cache):
+        return Recomputer(model)
+    capacity = min(model.seq_len, max(map(len, context.rows)) + num_new)
+    graph = next(model.parameters()).is_cuda and num_new > 8  # recording takes some steps' time
+    return Decoder(model, len(context.rows), capacity, graph=graph)
+
+
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # every length would compile anew
 def stream(
@@ -175,26 +186,17 @@ def stream(
     A sequence that has drawn one of `stop_tokens` yields `ENDED` from then on; the stream ends when
     all have. A model with a layer that has no cache is asked for its whole context at every token,
     as without `use_cache_kv`: the same tokens, slower. `seed` gives the draws random numbers of
-    their own; None takes torch's.
-    See `Context` for what happens beyond the model's length.
+    their own; None takes torch's. `Context` says what happens beyond the model's length.
     """
     device = next(model.parameters()).device
     context = Context(prompts, model.seq_len)
-    batch, capacity = len(context.rows), model.seq_len
-    capacity = min(capacity, max(map(len, context.rows)) + num_new)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    source: Decoder | Recomputer = Recomputer(model)
-    if use_cache_kv and model.has_cache:
-        source = Decoder(model, batch, capacity, graph=device.type == "cuda" and num_new > 8)
-    running = [True] * batch
-    ids, counts = context.batch(device)
-    logits = source.prefill(ids, counts)
+    source = source_of_logits(model, context, num_new, use_cache_kv=use_cache_kv)
+    running = [True] * len(context.rows)
+    logits = source.prefill(*context.batch(device))
     for step in range(num_new):
-        new = draw(
-            logits,
-            seen_tokens(context, logits) if draw.repetition_penalty != 1 else None,
-            generator,
-        )
+        seen = seen_tokens(context, logits) if draw.repetition_penalty != 1 else None
+        new = draw(logits, seen, generator)
         drawn = new[:, 0].tolist()
         yield torch.tensor(
             [token if on else ENDED for token, on in zip(drawn, running, strict=True)]

@@ -64,11 +64,8 @@ def arguments(words: Sequence[str], outputs: Path = Path("outputs")) -> list[str
     wanted = what_is_wanted(config)
     checkpoint = find_checkpoint(wanted, outputs, typed)
     folder = wanted.run_dir or (checkpoint and run_folder(checkpoint))
-    if folder is None and ranks.given() is not None:
-        raise ValueError(
-            "several processes were started from outside (torchrun, srun) and must share one run "
-            "folder: name it, as in run_dir=outputs/mine"
-        )
+    if folder is None:
+        refuse_to_share_no_folder()
     places = where(folder, typed, goes_on=bool(checkpoint and folder == run_folder(checkpoint)))
     own = [key for key in typed if key not in PATHS and key not in places]
     rest = [str(typed[key].input_line) for key in own]
@@ -96,6 +93,14 @@ def refuse_search(config: DictConfig) -> None:
         raise ValueError(
             f"hparams_search={search} says what a sweep tries, and one run tries nothing: add -m, "
             "or leave it out"
+        )
+
+
+def refuse_to_share_no_folder() -> None:
+    if ranks.given() is not None:
+        raise ValueError(
+            "several processes were started from outside (torchrun, srun) and must share one run "
+            "folder: name it, as in run_dir=outputs/mine"
         )
 
 

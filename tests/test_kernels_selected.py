@@ -190,12 +190,12 @@ def test_every_list_has_an_item_that_writes_its_block(monkeypatch):
     indices[..., 1] = -1
     plan = inverted_lists.plan_work(q, indices, 16, 16)
     assert (plan.heads, plan.chunks, plan.lists, plan.all_lists) == (2, 2, 10, 15)
-    _, starts = inverted_lists.sort_slots(indices, plan, 5)
-    ends, item_lists, shared_ends = inverted_lists.cut_items(starts, plan)
-    items = ends.diff(prepend=ends.new_zeros(2, 1))
+    lists = inverted_lists.sort_slots(indices, plan, 5)
+    work = inverted_lists.cut_items(*lists, plan, 16, causal=True)
+    items = work.ends.diff(prepend=work.ends.new_zeros(2, 1))
     assert items.tolist() == [[2, 1, 1, 1, 1] * 2, [2, 1, 1, 1, 1] + [0] * 5]
-    assert item_lists[0, :12].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
-    assert shared_ends[:, -1].tolist() == [4, 2]
+    assert work.item_lists[0, :12].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
+    assert work.shared_ends[:, -1].tolist() == [4, 2]
 
 
 def test_too_many_slots_are_refused():

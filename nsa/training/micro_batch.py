@@ -82,20 +82,13 @@ def memory_of(
         shards: ranks that share weights, gradients and optimizer.
         peak_of: the most bytes that a function allocates; the default asks PyTorch's allocator.
     """
-    peak_of = peak_of or peak_on_gpu
-    peaks: list[int] = []
+    step = partial(
+        take_step, model, device, forward_context, activation_checkpointing, cross_entropy,
+        documents, importance_loss=importance_loss,
+    )  # fmt: skip
+    peak = peak_of or peak_on_gpu
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for sequences in (1, 1, 2):  # libraries keep what they allocate in the first
-            trial = partial(
-                take_step, model, device, forward_context,
-                activation_checkpointing, cross_entropy, documents, sequences,
-                importance_loss=importance_loss,
-            )  # fmt: skip
-            try:
-                peaks.append(peak_of(trial, device))
-            except torch.OutOfMemoryError:
-                break
-    peaks = peaks[1:]
+        peaks = peaks_that_fit(step, lambda trial: peak(trial, device))
     if not peaks:
         return None
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -104,6 +97,19 @@ def memory_of(
     # Two did not fit: a sequence takes more than what the first one left.
     per_sequence = peaks[1] - peaks[0] if len(peaks) == 2 else NEVER
     return Memory(peaks[0] - per_sequence + optimizer - elsewhere, per_sequence)
+
+
+def peaks_that_fit(
+    step: Callable[[int], None], peak_of: Callable[[Callable[[], None]], int]
+) -> list[int]:
+    """The peaks of a step of one sequence and of one of two, up to the first that does not fit."""
+    peaks: list[int] = []
+    for sequences in (1, 1, 2):  # libraries keep what they allocate in the first
+        try:
+            peaks.append(peak_of(partial(step, sequences)))
+        except torch.OutOfMemoryError:
+            break
+    return peaks[1:]
 
 
 def take_step(

@@ -105,6 +105,19 @@ class Plan(NamedTuple):
     shared: int  # of these, items of lists that have several, at most
 
 
+class Work(NamedTuple):
+    """The slots in their lists, and how they are cut into items: of each chunk [chunks, ...]."""
+
+    plan: Plan
+    length: int  # tokens of a block
+    causal: bool
+    slots: Tensor
+    starts: Tensor  # where each list starts in slots
+    ends: Tensor  # where each list's items end
+    item_lists: Tensor  # the list of each item
+    shared_ends: Tensor  # as ends, with only lists of several items counted
+
+
 class Chunk(NamedTuple):
     """Index heads first_head ... and their tokens first_token ..., as many as there are."""
 
@@ -160,14 +173,12 @@ def sort_slots(block_indices: Tensor, plan: Plan, num_blocks: int) -> tuple[Tens
     return slots.int(), torch.searchsorted(keys, lists, out_int32=True)
 
 
-def cut_items(starts: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each chunk [chunks, ...]: where each list's items end, the list of each item, and where
-    the items end if only shared lists are counted."""
+def cut_items(slots: Tensor, starts: Tensor, plan: Plan, length: int, *, causal: bool) -> Work:
+    """The lists of every chunk, cut into items."""
     shapes = ((plan.chunks, plan.lists), (plan.chunks, plan.items), (plan.chunks, plan.lists))
     cut = [torch.empty(shape, dtype=torch.int32, device=starts.device) for shape in shapes]
     cut_kernel[(plan.chunks,)](
         starts, *cut, plan.lists, plan.items, plan.runs, plan.all_lists,
         ITEM=plan.item, LISTS=1024, num_warps=4,
     )  # fmt: skip
-    ends, item_lists, shared_ends = cut
-    return ends, item_lists, shared_ends
+    return Work(plan, length, causal, slots, starts, *cut)

@@ -1,7 +1,7 @@
 """Selected attention block by block, chunk after chunk, with its gradients: the op."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from nsa.kernels.block_order.forward import block_fwd_kernel, merge_kernel
 from nsa.kernels.block_order.inverted_lists import (
     Chunk,
     Plan,
+    Work,
     chunks_of,
     cut_items,
     plan_work,
@@ -28,19 +29,6 @@ from nsa.kernels.registration import custom_op, register_autograd, register_fake
 from nsa.kernels.tile_sizes import Problem, Tile, table_tile
 
 MERGE_REGISTERS = 168  # a thread's, at most: three programs of four warps a multiprocessor
-
-
-class Work(NamedTuple):
-    """The slots in their lists, and how they are cut into chunks and items."""
-
-    plan: Plan
-    length: int  # tokens of a block
-    causal: bool
-    slots: Tensor
-    starts: Tensor  # where each list starts in slots
-    ends: Tensor  # where each list's items end
-    item_lists: Tensor  # the list of each item
-    shared_ends: Tensor | None = None  # as ends, with only lists of several items counted
 
 
 @custom_op
@@ -64,8 +52,7 @@ def attend_blocks(
     plan = plan_work(q, block_indices, length, max(q.shape[3], v.shape[3]))
     with torch.cuda.device_of(q):
         slots, starts = sort_slots(block_indices, plan, cdiv(q.shape[1], length))
-        ends, item_lists, _ = cut_items(starts, plan)
-        work = Work(plan, length, causal, slots, starts, ends, item_lists)
+        work = cut_items(slots, starts, plan, length, causal=causal)
         launch = partial(
             launch_forward, q, k, v, document_starts, block_indices, work,
             dict(INITIAL=initial, LOCAL=local),
@@ -162,8 +149,7 @@ def block_gradients(
     """What attend_blocks_backward returns, for rows whose delta is known."""
     plan = plan_work(q, block_indices, length, max(q.shape[3], v.shape[3]))
     with torch.cuda.device_of(q):
-        ends, item_lists, shared_ends = cut_items(starts, plan)
-        work = Work(plan, length, causal, slots, starts, ends, item_lists, shared_ends)
+        work = cut_items(slots, starts, plan, length, causal=causal)
         launch = partial(launch_backward, q, k, v, block_indices, lse, delta, dout, gated, work)
         dq, dk, dv, dgates = with_tile(problem("block_bwd", q, v, block_indices, length), launch)
     if not gated:
