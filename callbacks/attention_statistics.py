@@ -13,6 +13,7 @@ from callbacks.every_n_steps import EveryNSteps, aside, log_metrics
 from nsa import blocks
 from nsa.attention import SparseAttention
 from nsa.config import NSAConfig
+from nsa.transformer import sparse_layers
 from runs.folder import leaves_files, replacing, run_folder
 
 BRANCHES = ("compressed", "selected", "sliding")
@@ -36,10 +37,7 @@ class AttentionStatistics(EveryNSteps):
 
     def __init__(self, every_n_steps: int = 500, num_sequences: int = 1) -> None:
         super().__init__(every_n_steps)
-        if num_sequences < 1:
-            raise ValueError(
-                f"num_sequences={num_sequences} of AttentionStatistics must be at least 1"
-            )
+        self.check_at_least(1, num_sequences=num_sequences)
         self.num_sequences = num_sequences
         self._gates: dict[int, list[float]] = {}  # layer -> mean gates in the order of BRANCHES
 
@@ -48,11 +46,8 @@ class AttentionStatistics(EveryNSteps):
         metrics: dict[str, float] = {}
         told = {n: batch[n][: self.num_sequences] for n in ("document_starts",) if n in batch}
         handles = [
-            layer.attention.register_forward_pre_hook(
-                partial(self._look, metrics, index), with_kwargs=True
-            )
-            for index, layer in enumerate(model.layers)
-            if isinstance(layer.attention, SparseAttention)
+            layer.register_forward_pre_hook(partial(self._look, metrics, index), with_kwargs=True)
+            for index, layer in sparse_layers(model).items()
         ]
         try:
             with aside(trainer, pl_module):

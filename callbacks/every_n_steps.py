@@ -34,6 +34,14 @@ class EveryNSteps(Callback, ABC):
         self.seconds = 0.0
         self._last_step = 0
 
+    def check_at_least(self, least: int, **numbers: float) -> None:
+        """Raises ValueError for an argument that is too small."""
+        for name, value in numbers.items():
+            if value < least:
+                raise ValueError(
+                    f"{name}={value} of {type(self).__name__} must be at least {least}"
+                )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
 

@@ -42,8 +42,7 @@ class Guard(EveryStep):
 
     def __init__(self, skip_budget: int = 10, every_n_steps: int | None = None) -> None:
         super().__init__(every_n_steps)
-        if skip_budget < 0:
-            raise ValueError(f"skip_budget={skip_budget} of Guard must be at least 0")
+        self.check_at_least(0, skip_budget=skip_budget)
         self.skip_budget = skip_budget
         self._found: list[str] = []  # what broke, since this process started
 

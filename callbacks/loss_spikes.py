@@ -48,9 +48,8 @@ class LossSpikes(EveryStep):
         super().__init__(every_n_steps)
         if threshold <= 0:
             raise ValueError(f"threshold={threshold} of LossSpikes must be above 0")
-        for name, value, least in (("window", window, 2), ("max_reports", max_reports, 1)):
-            if value < least:
-                raise ValueError(f"{name}={value} of LossSpikes must be at least {least}")
+        self.check_at_least(2, window=window)
+        self.check_at_least(1, max_reports=max_reports)
         self.threshold = threshold
         self.max_reports = max_reports
         self._recent: deque[float] = deque(maxlen=window)

@@ -1,6 +1,5 @@
 """What it takes to repeat a run, written into its folder before training starts."""
 
-import json
 import os
 import platform
 import shlex
@@ -17,7 +16,7 @@ from hydra.types import RunMode
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
-from runs.folder import leaves_files, run_folder, write_text
+from runs.folder import leaves_files, run_folder, write_json, write_text
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -54,10 +53,6 @@ def vacant(run: Path) -> Path:
         n += 1
         folder = run / f"resume_{n}"
     return folder
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def command() -> str:

@@ -42,9 +42,7 @@ class Samples(EveryNSteps):
         seed: int = 0,
     ) -> None:
         super().__init__(every_n_steps)
-        for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}={value} of Samples must be at least 1")
+        self.check_at_least(1, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         Draw(temperature=temperature, filter_thres=filter_thres)  # refuses what is out of range
         self.prompt = None if prompt is None else str(prompt)  # Hydra reads 7 as a number
         self.prompt_tokens = prompt_tokens

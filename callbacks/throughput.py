@@ -88,8 +88,7 @@ class Throughput(EveryNSteps):
         every_n_steps: int | None = None,
     ) -> None:
         super().__init__(every_n_steps)
-        if skip_steps < 0:
-            raise ValueError(f"skip_steps={skip_steps} of Throughput must be at least 0")
+        self.check_at_least(0, skip_steps=skip_steps)
         self.skip_steps = skip_steps
         self.peak_flops = peak_flops
         self._tokens, self._flops = 0, 0.0  # all ranks, since training started

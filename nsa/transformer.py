@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nsa import cost
+from nsa.attention import SparseAttention
 from nsa.cache import ModelCache
 from nsa.documents import check_no_cache
 from nsa.layer import AttentionLayer
@@ -252,6 +253,12 @@ class Transformer(nn.Module):
             )  # fmt: skip
         finally:
             self.train(was_training)
+
+
+def sparse_layers(model: Any) -> dict[int, SparseAttention]:
+    """The NSA layers of a `Transformer`, by their place in it."""
+    layers = {place: block.attention for place, block in enumerate(model.layers)}
+    return {p: layer for p, layer in layers.items() if isinstance(layer, SparseAttention)}
 
 
 def check_layers(layer_pattern: Sequence[Spec], attention: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 A file, or a folder that every rank wrote its shards into. What is being written has a hidden name.
 """
 
-import json
 import os
 import pickle
 import shutil
@@ -23,7 +22,7 @@ from runs.checkpoint_faults import (
     load_file,
     older_whole_one,
 )
-from runs.folder import SAVED_AT, replacing, write_text
+from runs.folder import SAVED_AT, replacing, write_json
 
 
 class NotWritten(OSError):
@@ -152,7 +151,7 @@ def draft_of(folder: Path) -> Path:
 def publish(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
     """Give a folder that is written, and whose files are `manifest`, its name."""
     draft = draft_of(folder)
-    write_text(draft / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_json(draft / MANIFEST, manifest)
     former = unnamed(folder)
     draft.rename(folder)
     shutil.rmtree(former, ignore_errors=True)  # what is left of it goes with the next save

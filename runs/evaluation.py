@@ -3,7 +3,6 @@
 Losses are means over scored labels, in the metric of the data: bits per byte, or accuracy.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ from hydra.utils import instantiate
 from data.base import TokenDataModule
 from data.tasks.datamodule import RecallDataModule
 from data.tokenizer import ByteTokenizer
-from nsa.attention import SparseAttention
+from nsa.transformer import sparse_layers
 from runs import command_line, evaluation_plot, export, record, trained
 from runs.evaluation_parts import PARTS
-from runs.folder import replacing, write_text
+from runs.folder import replacing, write_json
 from runs.scorer import Scorer
 from runs.trained import Trained
 
@@ -48,7 +47,7 @@ def evaluate(options: Options) -> str:
     results |= scorer.protocol(device)
     for part in parts:
         results[part] = PARTS[part](scorer)
-        write_text(folder / "evaluate.json", json.dumps(results, indent=2) + "\n")
+        write_json(folder / "evaluate.json", results)
         if part in evaluation_plot.PICTURES:
             figure = evaluation_plot.PICTURES[part](results)
             with replacing(folder / f"{part}.png") as draft:
@@ -116,7 +115,7 @@ class Needs(NamedTuple):
 def parts_of(options: Options, found: Trained, corpus: TokenDataModule) -> list[str]:
     """The parts to score. Raises ValueError for one that was asked for and cannot be had."""
     is_task = isinstance(corpus, RecallDataModule)
-    sparse = [b.attention for b in found.model.blocks if isinstance(b.attention, SparseAttention)]
+    sparse = sparse_layers(found.model).values()
     reads_bytes = isinstance(found.tokenizer, ByteTokenizer) and found.sizes["vocab_size"] == 256
     text = Needs(not is_task, "needs text: a task scores no other labels than those it asks for")
     needs = {

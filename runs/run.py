@@ -1,6 +1,5 @@
 """One run: built from its config, trained, measured, and its result left in the run folder."""
 
-import json
 import logging
 import math
 import os
@@ -28,7 +27,7 @@ from runs import checkpoints, counts, lock, notices, ranks, record, results, str
 from runs import export as exported
 from runs.division import Room, StepDivision, check_batch, share_of
 from runs.document_alignment import document_alignment
-from runs.folder import CHECKPOINTS, newest_first, write_text
+from runs.folder import CHECKPOINTS, newest_first, write_json
 from runs.kinds import naming_odd_options
 from runs.same_run import check_same_run, flatten
 from runs.summary import summary
@@ -224,7 +223,7 @@ def figures(run: Run, cfg: DictConfig, seconds: float) -> dict[str, Any]:
 
 def report(result: dict[str, Any], cfg: DictConfig) -> None:
     """Write result.json, which the table of a sweep is made of, and print what counts."""
-    write_text(Path(cfg.run_dir, "result.json"), json.dumps(result, indent=2) + "\n")
+    write_json(Path(cfg.run_dir, "result.json"), result)
     names = [f"{split}_{result['metric']}" for split in results.SPLITS]
     measured = [f"{name} {result[name]:.4f}" for name in names if result[name] is not None]
     measured += [f"{result['steps']:,} steps", f"{result['seconds']:.0f} s", cfg.run_dir]

@@ -17,7 +17,6 @@ from data.mixture import MixedEvalWindows
 from data.packing import PackedEvalWindows, packing_of
 from data.sampler import EvalWindows
 from data.tasks.datamodule import RecallDataModule
-from nsa.attention import SparseAttention
 from nsa.training.label_sums import (
     AUTO,
     NOT_SCORED,
@@ -25,7 +24,7 @@ from nsa.training.label_sums import (
     label_sums,
     resolve_cross_entropy,
 )
-from nsa.transformer import Transformer
+from nsa.transformer import Transformer, sparse_layers
 
 Window = dict[str, Tensor]  # tokens [T + 1]; where needed also scored [T], document_starts [T]
 
@@ -46,11 +45,7 @@ class Scorer:
         self.device = model.embedding.weight.device
         self.metric = corpus.metric
         self.cross_entropy = resolve_cross_entropy(AUTO, model.head.out_features)
-        self.layers = {
-            index: block.attention
-            for index, block in enumerate(model.blocks)
-            if isinstance(block.attention, SparseAttention)
-        }
+        self.layers = sparse_layers(model)
 
     def protocol(self, device: torch.device) -> dict[str, Any]:
         """How everything is scored."""

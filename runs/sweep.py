@@ -4,7 +4,6 @@ sweeper how good it was, and whatever it dies of, the next job runs.
 
 import gc
 import io
-import json
 import logging
 import math
 import multiprocessing
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, ListConfig
 
 from runs import gpus, results
 from runs.checkpoint_faults import first_line
-from runs.folder import write_text
+from runs.folder import write_json
 from runs.run import REFUSALS, build, root, train
 from runs.sweep_check import (
     check_devices,
@@ -61,7 +60,7 @@ def attempt(cfg: DictConfig) -> Mapping[str, Any]:
         hydra = HydraConfig.get()
         log.error("job %s failed: %s", hydra.job.num, why, exc_info=not known)
         result = {"error": why, "overrides": list(hydra.overrides.task)}
-        write_text(Path(cfg.run_dir, "result.json"), json.dumps(result, indent=2) + "\n")
+        write_json(Path(cfg.run_dir, "result.json"), result)
         if is_torchelastic_launched():
             sys.exit(1)  # the other ranks wait for this one: torchrun ends them
         return result

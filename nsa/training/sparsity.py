@@ -7,9 +7,8 @@ from math import lcm
 from typing import Any
 
 from nsa import blocks
-from nsa.attention import SparseAttention
 from nsa.config import NSAConfig
-from nsa.transformer import Transformer
+from nsa.transformer import Transformer, sparse_layers
 
 SIZES = ("num_selected_blocks", "sliding_window_size", "selection_block_size")  # n, w, l'
 ALL = "all"  # blocks of a whole sequence
@@ -38,8 +37,7 @@ class SparsitySchedule:
         self.now: int | None = None  # the stage whose sizes the layers have; None: their own
         self.layers = {}
         if self.stages:
-            layers = [block.attention for block in model.blocks]
-            self.layers = {a: a.cfg for a in layers if isinstance(a, SparseAttention)}
+            self.layers = {layer: layer.cfg for layer in sparse_layers(model).values()}
             if not self.layers:
                 raise ValueError("sparsity_schedule: no layer of the model is NSA: leave it out")
         for layer, own in self.layers.items():  # documents begin where blocks of every stage do
