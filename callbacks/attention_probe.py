@@ -33,7 +33,8 @@ class AttentionProbe(EveryNSteps):
     step's gradient before clipping, all under probe/layer_<i>/: grad_compress_keys and
     grad_compress_values (the two φ), grad_layer. attention_probe/ in the run folder gets heads.csv,
     a row for each step, layer and head; heads.png, every head as it is now; curves.png, all layers
-    from the start. The pictures go to W&B too.
+    from the start. The pictures go to W&B too. On a task with known answers (`data=recall`) the
+    figures are those of the questions, and evidence_kept says how often a layer keeps the answer.
 
     An extra forward pass, apart from training: no gradients, no dropout, no random number of
     training's, no compiled program, no CUDA graph.
@@ -46,6 +47,8 @@ class AttentionProbe(EveryNSteps):
     Raises:
         ValueError: if a number is below 1.
     """
+
+    ALSO = ("document_starts", "evidence")  # of a batch, beside its tokens
 
     def __init__(
         self, every_n_steps: int = 500, num_sequences: int = 2, num_tiles: int = 8
@@ -73,17 +76,19 @@ class AttentionProbe(EveryNSteps):
             return
         gradients = gradient_norms(pl_module, layers)  # on every rank: they may be sharded
         figures: dict[int, Figures] = {}
-        look = partial(self._look, figures, trainer.is_global_zero)
-        handles = [
-            layer.register_forward_pre_hook(partial(look, index), with_kwargs=True)
-            for index, layer in layers.items()
-        ]
-        try:
-            with aside(trainer, pl_module):
-                pl_module.model(**self._sequences(trainer, pl_module.device))  # type: ignore
-        finally:
-            for handle in handles:
-                handle.remove()
+        with aside(trainer, pl_module):
+            read = self._sequences(trainer, pl_module.device)
+            look = partial(self._look, figures, read.pop("evidence", None))
+            handles = [
+                layer.register_forward_pre_hook(partial(look, index), with_kwargs=True)
+                for index, layer in layers.items()
+                if trainer.is_global_zero  # all ranks run the model, whose weights may be sharded
+            ]
+            try:
+                pl_module.model(**read)  # type: ignore[operator]
+            finally:
+                for handle in handles:
+                    handle.remove()
         if trainer.is_global_zero:
             for index, norms in gradients.items():
                 figures[index] |= norms
@@ -97,23 +102,24 @@ class AttentionProbe(EveryNSteps):
     def _look(
         self,
         figures: dict[int, Figures],
-        wanted: bool,
+        evidence: Tensor | None,
         index: int,
         layer: nn.Module,
         inputs: tuple[Tensor, ...],
         told: dict[str, Tensor],
     ) -> None:
         assert isinstance(layer, SparseAttention)
-        if wanted:
-            figures[index] = probe(layer, inputs[0], self.num_tiles, **told)
+        figures[index] = probe(layer, inputs[0], self.num_tiles, evidence=evidence, **told)
 
     def _sequences(self, trainer: Any, device: torch.device) -> dict[str, Tensor]:
-        """Token ids [B, T], and where documents begin in packed rows; the same at every look."""
+        """Token ids [B, T], where documents begin in packed rows, and where answers stand in a
+        task; the same at every look.
+        """
         if not self._read:
             rows: dict[str, list[Tensor]] = {}
             for batch in trainer.datamodule.val_dataloader():
                 found = {"ids": batch["tokens"][:, :-1].clamp(min=0)}
-                found |= {name: batch[name] for name in ("document_starts",) if name in batch}
+                found |= {name: batch[name] for name in self.ALSO if name in batch}
                 for name, array in found.items():
                     rows.setdefault(name, []).extend(array)
                 if len(rows["ids"]) >= self.num_sequences:

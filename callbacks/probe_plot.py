@@ -24,6 +24,7 @@ HEAT_MAPS: tuple[tuple[str, str, tuple[float, float] | None], ...] = (
     ("share_selected", "share of the output: selected", SHARE),
     ("share_sliding", "share of the output: sliding", SHARE),
     ("recall", "recall of the oracle's picks", SHARE),
+    ("evidence_kept", "questions whose answer is kept", SHARE),
     ("picks_in_window", "picks wasted on the window", SHARE),
     ("overlap_neighbours", "overlap of picks: next query", SHARE),
     ("overlap_heads", "overlap of picks: other KV heads", SHARE),
@@ -54,6 +55,10 @@ CURVES: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (  # title; figure:
     ("recall of the oracle's picks", {
         "recall": ("picked", RED),
         "recall_random": ("random", GREY),
+    }),
+    ("questions whose answer is kept", {
+        "evidence_kept": ("kept", RED),
+        "evidence_random": ("random picks", GREY),
     }),
     ("overlap of picks (Jaccard)", {
         "overlap_neighbours": ("with the next query", RED),
@@ -130,10 +135,12 @@ def heat_map(
 
 def curves(rows: Sequence[Row]) -> Figure:
     """Means over all layers against steps, single layers thin; and how far picks reach now."""
-    figure = Figure(figsize=(12.6, 9.4))  # no constrained layout: it would take most of the time
-    figure.subplots_adjust(0.04, 0.05, 0.985, 0.93, wspace=0.17, hspace=0.33)
-    grid = figure.subplots(3, 3).flat
-    for axes, (title, named) in zip(grid, CURVES, strict=False):
+    shown = [each for each in CURVES if any(name in row for row in rows for name in each[1])]
+    down = math.ceil((len(shown) + 1) / 3)
+    figure = Figure(figsize=(12.6, 3.1 * down))  # no constrained layout: it takes most of the time
+    figure.subplots_adjust(0.04, 0.15 / down, 0.985, 1 - 0.21 / down, wspace=0.17, hspace=0.33)
+    grid = figure.subplots(down, 3).flat
+    for axes, (title, named) in zip(grid, shown, strict=False):
         for name, (label, colour) in named.items():
             over_steps(axes, rows, name, label, colour)
         axes.set_title(title, fontsize=10)
@@ -143,7 +150,9 @@ def curves(rows: Sequence[Row]) -> Figure:
         axes.legend(frameon=False, fontsize=8)
         if axes.get_yscale() == "linear":
             axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
-    reach_of_picks(grid[len(CURVES)], rows)
+    reach_of_picks(grid[len(shown)], rows)
+    for axes in grid[len(shown) + 1 :]:
+        axes.set_visible(False)
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=8)

@@ -33,8 +33,12 @@ def probe(
     tokens: Float[Tensor, "B T M"],
     num_tiles: int = 8,
     document_starts: blocks.Starts = None,
+    evidence: Int[Tensor, "B T"] | None = None,
 ) -> dict[str, Float[Tensor, " H"]]:
     """Figures of each head, in float64 on the CPU; NaN where no query has one.
+
+    With `evidence` they are those of the queries whose label is asked, in tiles that have any;
+    only overlap_neighbours and distinct_<n> count all queries of these tiles.
 
     gate_<branch>            mean gate
     share_<branch>           share of the norm of what the branches add, gates included
@@ -54,34 +58,68 @@ def probe(
                              mean distance of picks in tokens, to a block's nearest token; of all
                              blocks that could be picked
     picks_beyond_<n>         share of picks at a distance of n tokens or more
+    evidence_kept, evidence_random
+                             with `evidence`: how often the block with the answer is kept, and how
+                             often random picks would keep it
 
     Args:
         layer: on any device, in any dtype that it computes in.
         tokens: its input, before the norm.
         num_tiles: tiles of `TILE` queries a sequence, evenly spread up to its end.
         document_starts: see `nsa.documents`; what is not of a query's document does not count.
+        evidence: of each query the position of the token that answers it; -1: it is not asked.
     """
     x = layer.compress_and_rotate(layer.split_heads(tokens), document_starts)
     found: defaultdict[str, list[Tensor]] = defaultdict(list)
     with torch.autocast(tokens.device.type, enabled=False):
         for sequence in range(tokens.shape[0]):
-            for positions in tile_positions(tokens.shape[1], num_tiles, tokens.device):
+            answers = None if evidence is None else evidence[sequence]
+            for start in tile_starts(tokens.shape[1], num_tiles, answers):
+                stop = min(start + TILE, tokens.shape[1])
+                positions = torch.arange(start, stop, device=tokens.device)[None]
                 tile = look(layer, of_sequence(x, sequence), positions)
-                for figures_of in FIGURES:
-                    for name, values in figures_of(tile).items():
-                        found[name].append(values.double().cpu())
+                for name, values in figures_of(tile, answers).items():
+                    found[name].append(values.double().cpu())
     return {name: torch.cat(values).nanmean(dim=0) for name, values in found.items()}
 
 
-def tile_positions(
-    num_tokens: int, num_tiles: int, device: torch.device
-) -> Iterator[Int[Tensor, "1 Q"]]:
-    """Tiles that begin at multiples of `TILE`, none twice; the last whole one is among them."""
-    whole = max(1, num_tokens // TILE)
-    count = min(num_tiles, whole)
-    for each in range(1, count + 1):
-        start = (whole * each // count - 1) * TILE
-        yield torch.arange(start, min(start + TILE, num_tokens), device=device)[None]
+def tile_starts(
+    num_tokens: int, num_tiles: int, evidence: Int[Tensor, " T"] | None = None
+) -> list[int]:
+    """Where tiles begin: multiples of `TILE`, none twice, the last whole one among them.
+
+    With `evidence` those of the tiles that hold a query which is asked.
+    """
+    starts = list(range(0, max(1, num_tokens // TILE) * TILE, TILE))
+    if evidence is not None:
+        starts = [s for s in range(0, num_tokens, TILE) if (evidence[s : s + TILE] >= 0).any()]
+    count = min(num_tiles, len(starts))
+    return [starts[len(starts) * each // count - 1] for each in range(1, count + 1)]
+
+
+def figures_of(tile: Tile, evidence: Int[Tensor, " T"] | None) -> Figures:
+    """All figures of a tile; with `evidence` those of the queries that are asked."""
+    figures = {name: values for each in FIGURES for name, values in each(tile).items()}
+    if evidence is None:
+        return figures
+    answers = evidence[tile.positions[0]]
+    asked = (answers >= 0)[:, None]
+    for name in figures.keys() - OF_NEIGHBOURS:
+        figures[name] = where(asked, figures[name])
+    return figures | evidence_found(tile, answers)
+
+
+def evidence_found(tile: Tile, answers: Int[Tensor, " Q"]) -> Figures:
+    """Whether the blocks with the answers are kept, and how likely random picks keep them."""
+    size = tile.cfg.selection_block_size
+    block = repeat(answers.clamp(min=0) // size, "Q -> Q J 1", J=tile.kept.shape[1])
+    kept = tile.kept.gather(-1, block)[..., 0].float()
+    a_free_one = ratio(tile.picks.sum(-1), tile.free.sum(-1))
+    free = (tile.free & tile.chooses).expand_as(tile.kept).gather(-1, block)[..., 0]
+    by_chance = torch.where(free, a_free_one, kept)
+    figures = {"evidence_kept": kept, "evidence_random": by_chance}
+    asked = (answers >= 0)[:, None]
+    return {name: tile.by_head(where(asked, values)) for name, values in figures.items()}
 
 
 # The figures
@@ -186,6 +224,7 @@ def places(tile: Tile) -> Figures:
 FIGURES: tuple[Callable[[Tile], Figures], ...] = (
     gates_and_shares, masses, recall, overlaps, distinct, places,
 )  # fmt: skip
+OF_NEIGHBOURS = {"overlap_neighbours", *(f"distinct_{count}" for count in NEIGHBOURS)}
 
 
 def powers_of_two(first: int, below: int) -> Iterator[int]:

@@ -18,7 +18,7 @@ from callbacks.attention_probe import AttentionProbe
 from callbacks.csv_logger import RunCSVLogger, read_rows
 from callbacks.wandb_logger import RunWandbLogger
 from nsa.attention import SparseAttention
-from nsa.probe import probe, tile_positions
+from nsa.probe import probe, tile_starts
 
 pytestmark = OF_LIGHTNING
 NUM_TOKENS, BLOCK, WINDOW, KEPT = 41, 4, 6, 4
@@ -166,13 +166,36 @@ def test_picks_inside_a_wide_window_are_wasted():
 
 
 def test_tiles_are_spread_up_to_the_end():
-    def starts(num_tokens: int, num_tiles: int) -> list[int]:
-        tiles = tile_positions(num_tokens, num_tiles, torch.device("cpu"))
-        return [int(positions[0, 0]) for positions in tiles]
+    assert tile_starts(8192, 4) == [1984, 4032, 6080, 8128]
+    assert tile_starts(200, 8) == [0, 64, 128]
+    assert tile_starts(7, 8) == [0]
 
-    assert starts(8192, 4) == [1984, 4032, 6080, 8128]
-    assert starts(200, 8) == [0, 64, 128]
-    assert starts(7, 8) == [0]
+
+@torch.no_grad()
+def test_of_a_task_the_questions_alone_count():
+    attention, tokens = layer(), torch.randn(1, 200, 16)
+    answers = {70: 3, 101: 50, 127: 90, 195: 190}  # the last one's own tile is cut short
+    evidence = torch.full((1, 200), -1)
+    evidence[0, list(answers)] = torch.tensor(list(answers.values()))
+    assert tile_starts(200, 8, evidence[0]) == [64, 192]
+    figures = probe(attention, tokens, evidence=evidence)
+    found, all_queries = attention.branches(tokens), probe(attention, tokens)
+    gates = found.gates[0, list(answers)].mean(0)[:, 1]
+    torch.testing.assert_close(figures["gate_selected"].float(), gates)
+    for head in range(4):
+        kept = [set(found.block_indices[0, t, head // 2].tolist()) for t in answers]
+        of_answers = [e // BLOCK for e in answers.values()]
+        assert float(figures["evidence_kept"][head]) == mean(
+            [float(block in blocks) for block, blocks in zip(of_answers, kept, strict=True)]
+        )
+        # Two blocks are forced: the first and the own one. The others are drawn from what is left.
+        chances = [
+            float(block in blocks) if block in (0, t // BLOCK - 1, t // BLOCK) else None
+            for (t, _), block, blocks in zip(answers.items(), of_answers, kept, strict=True)
+        ]
+        assert chances[0] == 1 and chances[1:3] == [None, None]
+        assert 0 < float(figures["evidence_random"][head]) < 1
+    assert "evidence_kept" not in all_queries
 
 
 class Largest(TorchDispatchMode):

@@ -175,8 +175,9 @@ class RecallDataModule(TokenDataModule):
 class TaskWindows(TrainingSamples):
     """Sample number -> {"tokens": int64 [T + 1], "scored": bool [T]}.
 
-    Training with `grow_samples` also has "document_starts", int32 [T]. Numbers from
-    `num_sequences` on have nothing to score: they fill up the ranks' last batches.
+    Training with `grow_samples` also has "document_starts", int32 [T]; evaluation has "evidence",
+    int64 [T], of a `Sample`. Numbers from `num_sequences` on have nothing to score: they fill up
+    the ranks' last batches.
     """
 
     def __init__(self, task: RecallDataModule, split: str, num_sequences: int | None) -> None:
@@ -192,12 +193,15 @@ class TaskWindows(TrainingSamples):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         if self.num_sequences is not None and number >= self.num_sequences:
             beyond = torch.full((self.seq_len + 1,), -1)
-            return {"tokens": beyond, "scored": torch.zeros(self.seq_len, dtype=torch.bool)}
+            nothing = torch.zeros(self.seq_len, dtype=torch.bool)
+            return {"tokens": beyond, "scored": nothing, "evidence": beyond[1:]}
         sample = self.sample_of(self.split, number)
         found = {
             "tokens": torch.from_numpy(sample.tokens),
             "scored": torch.from_numpy(sample.scored),
         }
+        if self.num_sequences is not None:
+            found["evidence"] = torch.from_numpy(sample.evidence)
         if self.num_documents is not None:
             length = self.seq_len // self.num_documents(number)
             found["document_starts"] = (

@@ -33,16 +33,16 @@ def linear_cross_entropy(
     are likeliest.
 
     A label of −1 is not scored and has 0 nats. The sum alone is differentiable, once, in
-    `hidden` and `weight`. Products are of the dtype that autocast gives a linear layer; nats and
-    the weights' gradient are of at least float32.
+    `hidden` and `weight`. Factors are of the dtype that autocast gives a linear layer; nats and
+    the weights' gradient are of at least float32, and the gradient of `hidden` is of its own dtype.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(device, enabled=False):
         nats, of_each, correct = LinearCrossEntropy.apply(
-            hidden, weight, labels, learns, counts_correct
+            hidden, weight, labels, dtype, learns, counts_correct
         )
     return nats, of_each, correct if counts_correct else None
 
@@ -52,22 +52,29 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, learns: bool, counts_correct: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        dtype: torch.dtype,
+        learns: bool,
+        counts_correct: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        factor = weight.to(hidden.dtype)
-        precise = torch.promote_types(hidden.dtype, torch.float32)
+        x, factor = hidden.to(dtype), weight.to(dtype)
+        precise = torch.promote_types(dtype, torch.float32)
         nats = torch.empty(len(hidden), dtype=precise, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if learns else None
+        # Of its own dtype: rounded here and once more by the backward pass, it would err more.
+        d_hidden = torch.zeros_like(hidden) if learns else None
         d_weight = torch.zeros_like(weight, dtype=precise) if learns else None
-        for rows in chunks(len(hidden), len(weight) * hidden.element_size()):
-            logits = hidden[rows] @ factor.T
+        for rows in chunks(len(x), len(weight) * x.element_size()):
+            logits = x[rows] @ factor.T
             if counts_correct:
                 correct += (logits.argmax(dim=-1) == labels[rows]).sum()
             nats[rows] = cross_entropy_(logits, labels[rows], gradient=learns)
             if d_hidden is not None and d_weight is not None:
-                torch.mm(logits, factor, out=d_hidden[rows])
-                add_product(d_weight, logits.T, hidden[rows])
+                add_product(d_hidden[rows], logits, factor)
+                add_product(d_weight, logits.T, x[rows])
             del logits  # before the next ones are made
         ctx.mark_non_differentiable(nats, correct)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
@@ -77,7 +84,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_nats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_nats, d_weight * d_nats, None, None, None
+        return d_hidden * d_nats, d_weight * d_nats, None, None, None, None
 
 
 def chunks(num_rows: int, bytes_per_row: int) -> list[slice]:
