@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from squares import squares
 from tiny_run import tiny_trainer
 from torch import Tensor
 
@@ -75,7 +76,7 @@ class BreakingModule(NSALightningModule):
 def corpus(folder: Path) -> TextDataModule:
     """Text whose windows tell one another apart."""
     folder.mkdir(exist_ok=True)
-    (folder / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(400)))
+    (folder / "corpus.txt").write_text(squares(400))
     return TextDataModule(
         name="breaking",
         paths=str(folder / "corpus.txt"),

@@ -5,6 +5,7 @@ inside any micro-batch, so that a test says exactly when. `python` runs any othe
 the run-time type checks of the tests' own process would be in a compiler's way.
 """
 
+import csv
 import multiprocessing
 import os
 import runpy
@@ -187,3 +188,9 @@ def arm(sent: Signal) -> None:
 def finished(codes: list[int], folder: Path) -> None:
     """Fail with the output of the run where a rank did not end well."""
     assert not any(codes), f"exit codes {codes}\n{(folder / 'run.log').read_text()[-4000:]}"
+
+
+def rows_of(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv without what the clock says."""
+    rows = csv.DictReader((run_dir / "metrics.csv").read_text().splitlines())
+    return [{n: v for n, v in row.items() if not n.startswith("perf/")} for row in rows]

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from squares import squares
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -85,8 +86,7 @@ def main() -> None:
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = "".join(f"{i} squared is {i * i}\n" for i in range(3000))
-        (folder / "corpus.txt").write_text(text)
+        (folder / "corpus.txt").write_text(squares(3000))
         finish(start(folder, "whole", options.steps))
         bar = tqdm(range(options.kills), desc=f"kills (seed {options.seed})", file=sys.stdout)
         for number in bar:

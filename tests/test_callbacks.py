@@ -16,7 +16,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_run import OF_LIGHTNING, SEQ_LEN, TinyData, TinyModel, TinyModule, fit, tiny_trainer
+from tiny_run import (
+    OF_LIGHTNING,
+    SEQ_LEN,
+    TinyData,
+    TinyModel,
+    TinyModule,
+    fit,
+    tiny_trainer,
+    weights,
+)
 
 from callbacks import loss_plot, provenance
 from callbacks.attention_statistics import AttentionStatistics, is_free
@@ -46,10 +55,6 @@ class Counter(EveryNSteps):
 
     def on_nth_step(self, trainer: Any, pl_module: Any, batch: Any) -> None:
         self.steps.append(trainer.global_step)
-
-
-def weights(module: TinyModule) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 def weights_after(folder: Path, *callbacks: Callback, model: torch.nn.Module) -> torch.Tensor:

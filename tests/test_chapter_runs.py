@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import Signal, finished, run
-from test_packed_runs import TRAIN, on, output, rows_of
+from forked_runs import Signal, finished, rows_of, run
+from test_packed_runs import TRAIN, on, output
 
 CORPUS = (
     *(*TRAIN, "data=hf", "data.name=json", "data.chapter_tokens=700", "data.pack=documents"),

@@ -1,14 +1,14 @@
 """A run does what its command line says, whatever stands in it and wherever it stands."""
 
-import csv
 import shutil
 from pathlib import Path
 
 import pytest
-from forked_runs import finished, run
+from forked_runs import finished, rows_of, run
 from hydra._internal.utils import get_args_parser
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
+from squares import squares
 
 from runs import command_line, counts
 from runs.run import root
@@ -30,8 +30,8 @@ MINE = Path("runs", "nsa_tiny-text-s0")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with two corpora and a run of six steps."""
     folder = tmp_path_factory.mktemp("command_line")
-    lines = [f"{i} squared is {i * i}\n" for i in range(1500)]
-    (folder / "plain.txt").write_text("".join(lines))
+    (folder / "plain.txt").write_text(squares(1500))
+    lines = squares(1500).splitlines(keepends=True)
     (folder / "other.txt").write_text("".join(reversed(lines)))
     finished(run(folder, [*TINY, NAMED]), folder)
     return folder
@@ -54,8 +54,7 @@ def started(folder: Path, *words: str, environment: dict[str, str] | None = None
 
 
 def steps(run_folder: Path) -> list[int]:
-    with (run_folder / "metrics.csv").open() as file:
-        return [int(row["step"]) for row in csv.DictReader(file)]
+    return [int(row["step"]) for row in rows_of(run_folder)]
 
 
 # Where a run lies, and from where it goes on

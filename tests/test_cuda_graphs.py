@@ -23,9 +23,8 @@ from test_train import (
     fitted,
     make_module,
     make_trainer,
-    weights,
 )
-from tiny_run import OF_LIGHTNING
+from tiny_run import OF_LIGHTNING, weights
 from torch import Tensor, nn
 
 from benchmarks import train_step

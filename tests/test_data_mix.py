@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_data_modules import SIZES, attach, cache, ready  # noqa: F401 (a fixture)
+from test_data_modules import SIZES, attach, cache, ready, windows_by_step  # noqa: F401 (a fixture)
+from torch import Tensor
 
 from data.mix import MixDataModule
 from data.mixture import PERIOD, Schedule, quotas
@@ -63,18 +64,15 @@ def test_shares_are_rounded_to_whole_samples() -> None:
 
 @pytest.mark.parametrize("layout", [(4, 2, 1), (2, 2, 2)])
 def test_a_step_is_the_same_on_any_layout(corpora: Any, layout: tuple[int, int, int]) -> None:
-    def steps(micro: int, accumulate: int, world: int) -> list[list[Any]]:
-        found: list[list[Any]] = [[] for _ in range(6)]
-        for rank in range(world):
-            module = ready(mixture(corpora, micro_batch_size=micro))
-            attach(module, accumulate=accumulate, rank=rank, world=world)
-            for i, batch in enumerate(module.train_dataloader()):
-                is_large = (batch["tokens"] < 97).all(dim=1)
-                assert (batch["corpus"] == is_large.long()).all()
-                found[i // accumulate] += batch["tokens"].tolist()
-        return [sorted(step) for step in found]
+    def make(micro: int) -> Any:
+        return ready(mixture(corpora, micro_batch_size=micro))
 
-    assert steps(*layout) == steps(8, 1, 1)
+    def check(batch: dict[str, Tensor]) -> None:
+        is_large = (batch["tokens"] < 97).all(dim=1)
+        assert (batch["corpus"] == is_large.long()).all()
+
+    whole = windows_by_step(make, (8, 1, 1), check)
+    assert windows_by_step(make, layout, check) == whole
 
 
 def test_weights_are_by_tokens_where_none_are_given(corpora: Any) -> None:

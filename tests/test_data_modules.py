@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,19 +69,40 @@ def attach(
     )
 
 
-def steps_of(path: str, layout: tuple[int, int, int], start: int = 0, **options: Any) -> list[Any]:
-    """The windows of each step of 8, sorted, for (micro batch, accumulate, ranks)."""
+def windows_by_step(
+    make: Callable[[int], TokenDataModule],
+    layout: tuple[int, int, int],
+    check: Callable[[dict[str, Tensor]], None],
+    start: int = 0,
+    steps: int = 6,
+) -> list[list[Any]]:
+    """The windows of each step of 8, sorted, for (micro batch, accumulate, ranks).
+
+    `make` is given the micro batch; every batch is checked.
+    """
     micro, accumulate, world = layout
-    steps: list[list[Any]] = [[] for _ in range(start, 6)]
+    found: list[list[Any]] = [[] for _ in range(start, steps)]
     for rank in range(world):
-        module = ready(text(paths=path, micro_batch_size=micro, **options))
-        attach(module, step=start, accumulate=accumulate, rank=rank, world=world)
+        module = make(micro)
+        attach(module, start, steps, accumulate, rank, world)
         for i, batch in enumerate(module.train_dataloader()):
-            assert list(batch) == ["tokens"]
-            assert batch["tokens"].shape == (micro, 17)
-            assert batch["tokens"].dtype == torch.int64
-            steps[i // accumulate] += batch["tokens"].tolist()
-    return [sorted(step) for step in steps]
+            check(batch)
+            found[i // accumulate] += batch["tokens"].tolist()
+    return [sorted(step) for step in found]
+
+
+def steps_of(path: str, layout: tuple[int, int, int], start: int = 0, **options: Any) -> list[Any]:
+    """`windows_by_step` of letters."""
+
+    def check(batch: dict[str, Tensor]) -> None:
+        assert list(batch) == ["tokens"]
+        assert batch["tokens"].shape == (layout[0], 17)
+        assert batch["tokens"].dtype == torch.int64
+
+    def make(micro: int) -> TokenDataModule:
+        return ready(text(paths=path, micro_batch_size=micro, **options))
+
+    return windows_by_step(make, layout, check, start)
 
 
 @pytest.mark.parametrize("layout", [(4, 2, 1), (4, 1, 2), (2, 2, 2)])

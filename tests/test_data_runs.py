@@ -1,6 +1,5 @@
 """Corpora as users of train.py meet them: what a run says of its data, and what it refuses."""
 
-import csv
 import random
 import re
 import shutil
@@ -72,7 +71,7 @@ def test_the_chunked_loss_trains_as_the_plain_one(begun: Path) -> None:
 
 def losses(run: Path) -> list[float]:
     """Of training and of validation, row by row."""
-    rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+    rows = forked_runs.rows_of(run)
     return [float(row[n]) for row in rows for n in ("train/loss", "val/loss") if row[n]]
 
 

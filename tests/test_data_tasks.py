@@ -1,13 +1,13 @@
 """Tasks: whoever reads the evidence solves them, and whoever does not can only guess."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import forked_runs
 import numpy as np
 import pytest
 import torch
+from test_data_modules import windows_by_step
 
 from data.tasks.datamodule import IN_TEXT, TASKS, RecallDataModule
 from data.tasks.sample import VALUES
@@ -145,22 +145,15 @@ def test_windows_grow_from_many_short_documents_to_one(task: str) -> None:
 
 
 def steps_of(micro: int, accumulate: int, world: int, start: int = 0, **options: Any) -> list:
-    """The windows of each step of 8, sorted."""
-    steps: list[list] = [[] for _ in range(start, 3)]
-    for rank in range(world):
-        module = made("recall", micro_batch_size=micro, **options)
-        module.trainer = SimpleNamespace(  # type: ignore[assignment]
-            global_step=start,
-            max_steps=3,
-            accumulate_grad_batches=accumulate,
-            global_rank=rank,
-            local_rank=rank,
-            world_size=world,
-        )
-        for i, batch in enumerate(module.train_dataloader()):
-            assert batch["scored"].dtype == torch.bool and batch["scored"].shape == (micro, 256)
-            steps[i // accumulate] += batch["tokens"].tolist()
-    return [sorted(step) for step in steps]
+    """`windows_by_step` of three steps."""
+
+    def check(batch: dict[str, torch.Tensor]) -> None:
+        assert batch["scored"].dtype == torch.bool and batch["scored"].shape == (micro, 256)
+
+    def make(micro: int) -> Any:
+        return made("recall", micro_batch_size=micro, **options)
+
+    return windows_by_step(make, (micro, accumulate, world), check, start, steps=3)
 
 
 def test_a_step_is_the_same_on_any_layout_and_after_any_start() -> None:

@@ -11,7 +11,7 @@ from breaking_run import BreakingModule, fit
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from tiny_run import OF_LIGHTNING
+from tiny_run import OF_LIGHTNING, weights
 from torch import nn
 
 from callbacks.csv_logger import RunCSVLogger, read_rows
@@ -74,7 +74,7 @@ class Watch(Callback):
         self.weights: list[torch.Tensor] = []
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        self.weights.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]))
+        self.weights.append(weights(pl_module))
 
 
 def test_a_broken_step_leaves_the_weights_and_the_next_one_moves_them(tmp_path):

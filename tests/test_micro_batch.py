@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import Counting, make_module, make_trainer, weights
-from tiny_run import OF_LIGHTNING
+from test_train import Counting, make_module, make_trainer
+from tiny_run import OF_LIGHTNING, weights
 
 from nsa.training import micro_batch
 from nsa.training.micro_batch import Memory

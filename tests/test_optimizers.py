@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from forked_runs import Signal, finished, run
+from squares import squares
 from test_resume_matrix import TRAIN, assert_same_end, layout, load
 from test_train import ADAMW, MODEL
-from torch import Tensor, nn
+from tiny_run import weights
+from torch import nn
 
 from nsa.training.broken_steps import skip_if_broken
 from nsa.training.optimizers import build_optimizer, build_schedule
@@ -26,10 +28,6 @@ def give_gradients(model: nn.Module, seed: int) -> None:
     chance = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=chance)
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_muon_has_the_hidden_matrices_and_adamw_all_else() -> None:
@@ -126,7 +124,7 @@ def test_ones_own_schedule_needs_no_more_than_it_takes() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("optimizers")
-    (folder / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(800)))
+    (folder / "corpus.txt").write_text(squares(800))
     return folder
 
 

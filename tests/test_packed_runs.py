@@ -1,13 +1,12 @@
 """Packed documents and mixtures through train.py: no leak, and the same run on any layout."""
 
-import csv
 import json
 import re
 import signal
 from pathlib import Path
 
 import pytest
-from forked_runs import Signal, finished, run
+from forked_runs import Signal, finished, rows_of, run
 from test_data_modules import cache, ready  # noqa: F401 (a fixture)
 from test_train import ATTENTION, make_module
 
@@ -45,12 +44,6 @@ def write_rows(path: Path, verb: str) -> None:
 
 def output(folder: Path) -> str:
     return (folder / "run.log").read_text()
-
-
-def rows_of(run_dir: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv without what the clock says."""
-    rows = csv.DictReader((run_dir / "metrics.csv").read_text().splitlines())
-    return [{n: v for n, v in row.items() if not n.startswith("perf/")} for row in rows]
 
 
 def assert_alike(rows: list[dict[str, str]], others: list[dict[str, str]]) -> None:

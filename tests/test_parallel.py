@@ -1,6 +1,5 @@
 """Recomputed, compiled and sharded: does a Transformer still learn what it learns on one device?"""
 
-import csv
 import signal
 import subprocess
 from collections import Counter
@@ -15,6 +14,7 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from parallel_runs import ROOT, results
+from squares import squares
 from test_train import ATTENTION, MODEL, TINY, Counting, make_module
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -242,7 +242,7 @@ def test_a_launched_process_waits_to_be_ended(monkeypatch, environment: type, wa
 
 
 def test_torchrun_trains_from_the_same_configs(tmp_path: Path) -> None:
-    (tmp_path / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(900)))
+    (tmp_path / "corpus.txt").write_text(squares(900))
     torchrun = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
     launcher = ["--standalone", "--nproc-per-node", "2", "--start-method", "fork", "--run-path"]
     sharded = ["trainer=fsdp", "trainer.strategy.save_distributed_checkpoint=true"]
@@ -255,7 +255,7 @@ def test_torchrun_trains_from_the_same_configs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "outputs" / "mine"
     assert done.stdout.count("2 × cpu") == 1
-    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    rows = forked_runs.rows_of(run)
     assert [row["step"] for row in rows if row["train/loss"]] == ["1", "2"]
     last = run / "checkpoints" / "last.ckpt"
     assert last.readlink() == Path("step_2.ckpt") and (last / "__1_0.distcp").is_file()

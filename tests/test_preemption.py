@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from forked_runs import ROOT, Signal, finished, run
+from squares import squares
 from tiny_run import OF_LIGHTNING, TinyModule, fit
 
 from callbacks.csv_logger import read_rows
@@ -164,8 +165,7 @@ TRAIN = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    text = "".join(f"{i} squared is {i * i}\n" for i in range(800))
-    (tmp_path / "corpus.txt").write_text(text)
+    (tmp_path / "corpus.txt").write_text(squares(800))
     return tmp_path
 
 

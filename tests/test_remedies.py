@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from test_train import ATTENTION, MODEL, Counting, fitted, make_module, make_trainer, weights
-from tiny_run import OF_LIGHTNING
+from test_train import ATTENTION, MODEL, Counting, fitted, make_module, make_trainer
+from tiny_run import OF_LIGHTNING, weights
 from torch import Tensor
 
 from nsa import blocks

@@ -12,6 +12,7 @@ import pytest
 import torch
 from forked_runs import Signal, finished, run
 from omegaconf import OmegaConf
+from squares import squares
 
 import generate
 from runs import checkpoint_faults, checkpoints, command_line, resume
@@ -29,7 +30,7 @@ LEARNING = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with a corpus, one run from end to end, and one killed at step 14."""
     folder = tmp_path_factory.mktemp("resume")
-    (folder / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(1500)))
+    (folder / "corpus.txt").write_text(squares(1500))
     finished(run(folder, [*LEARNING, "name=whole"]), folder)
     killed = Signal(signal.SIGKILL, rank=0, step=14)
     assert run(folder, [*LEARNING, "name=killed"], sent=killed) == [-signal.SIGKILL]

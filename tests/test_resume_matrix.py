@@ -1,6 +1,5 @@
 """Whatever ends a run, and however it is laid out, it goes on to the same weights, bit for bit."""
 
-import csv
 import random
 import signal
 from itertools import product
@@ -8,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import Signal, finished, run
+from forked_runs import Signal, finished, rows_of, run
+from squares import squares
+
+from callbacks.csv_logger import read_rows
 
 STEPS = 12
 TRAIN = (
@@ -30,7 +32,7 @@ DRAWS = ("model.dropout=0.3", "importance_loss.weight=0.1", "importance_loss.num
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("matrix")
-    (folder / "corpus.txt").write_text("".join(f"{i} squared is {i * i}\n" for i in range(800)))
+    (folder / "corpus.txt").write_text(squares(800))
     return folder
 
 
@@ -92,7 +94,7 @@ def assert_same_end(run_dir: Path, whole: Path) -> None:
     assert states[0].keys() == states[1].keys()
     for number in states[0]:
         assert_same_tensors(states[0][number], states[1][number])
-    rows = [learned(path) for path in (run_dir, whole)]
+    rows = [rows_of(path) for path in (run_dir, whole)]
     assert rows[0] == rows[1]
     assert [int(row["step"]) for row in rows[0]] == list(range(1, STEPS + 1))
 
@@ -107,12 +109,6 @@ def assert_same_tensors(some: dict, others: dict) -> None:
         assert torch.equal(some[name], others[name]), name
 
 
-def learned(run_dir: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv without what the clock says."""
-    rows = csv.DictReader((run_dir / "metrics.csv").read_text().splitlines())
-    return [{name: row[name] for name in row if not name.startswith("perf/")} for row in rows]
-
-
 def test_processes_may_come_and_go(folder: Path) -> None:
     """1 -> 2 -> 1 processes, told to end in between: the losses of one process from end to end."""
     whole, run_dir = folder / "alone", folder / "come_and_go"
@@ -122,7 +118,7 @@ def test_processes_may_come_and_go(folder: Path) -> None:
         command = [*TRAIN, *layout(ranks, 0, 1), f"run_dir={run_dir}"]
         assert run(folder, command, ranks=ranks, launcher="srun", sent=told) == [143] * ranks
     finished(run(folder, [*TRAIN, *layout(1, 0, 2), f"run_dir={run_dir}"]), folder)
-    rows, expected = learned(run_dir), learned(whole)
+    rows, expected = rows_of(run_dir), rows_of(whole)
     assert len(rows) == len(expected) == STEPS
     for name in ("train/loss", "val/loss"):
         for row, other in zip(rows, expected, strict=True):
@@ -136,7 +132,7 @@ def test_processes_may_come_and_go(folder: Path) -> None:
 
 def assert_work_is_that_of_its_stage(run_dir: Path) -> None:
     """FLOPs a token, by perf/mfu: most where all blocks are selected, least in a small window."""
-    rows = csv.DictReader((run_dir / "metrics.csv").read_text().splitlines())
+    rows = read_rows(run_dir / "metrics.csv")
     flops = [float(row["perf/mfu"]) / float(row["perf/tokens_per_second"]) * 1e9 for row in rows]
     all_blocks, small_window, own = flops[:4], flops[4:8], flops[8:]
     for stage in (all_blocks, small_window, own):

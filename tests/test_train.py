@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_run import weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -127,10 +128,6 @@ def fitted(
     trainer = make_trainer(folder, **options)
     trainer.fit(module, datamodule=data)
     return trainer
-
-
-def weights(module: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 # Loss
@@ -433,8 +430,7 @@ def test_a_sweep_trains_every_job_it_can_and_leaves_a_table(folder: Path) -> Non
     (outputs,) = (folder / "outputs" / "sweeps").iterdir()
     results = [json.loads((outputs / job / "result.json").read_text()) for job in ("0", "1")]
     for job, result in enumerate(results):
-        text = (outputs / str(job) / "metrics.csv").read_text()
-        rows = csv.DictReader(text.splitlines())
+        rows = forked_runs.rows_of(outputs / str(job))
         losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
         assert len(losses) == 30
         assert losses[-1] < 0.75 * losses[0]
@@ -494,7 +490,7 @@ def test_validation_counts_optimizer_steps_and_the_test_can_be_left_out(folder: 
     assert code == 0, output
     (result,) = folder.glob("outputs/*/*/result.json")
     assert json.loads(result.read_text())["test_bpb"] is None
-    rows = csv.DictReader((result.parent / "metrics.csv").read_text().splitlines())
+    rows = forked_runs.rows_of(result.parent)
     assert [int(row["step"]) for row in rows if row["val/bpb"]] == [2, 4]
 
 

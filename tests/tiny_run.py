@@ -90,6 +90,11 @@ class TinyModule(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.05)
 
 
+def weights(module: nn.Module) -> Tensor:
+    """All parameters in a row."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
 class Windows(Dataset):
     """Row k counts up from k: a pure function of the index."""
 
