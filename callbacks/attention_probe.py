@@ -17,6 +17,7 @@ from callbacks.csv_logger import Row, read_rows
 from callbacks.every_n_steps import EveryNSteps, aside, log_metrics
 from nsa.attention import SparseAttention
 from nsa.probe import probe
+from nsa.transformer import sparse_layers
 from runs.folder import csv_head, csv_text, leaves_files, replacing, run_folder, write_text
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,7 @@ class AttentionProbe(EveryNSteps):
         self, every_n_steps: int = 500, num_sequences: int = 2, num_tiles: int = 8
     ) -> None:
         super().__init__(every_n_steps)
-        for name, value in (("num_sequences", num_sequences), ("num_tiles", num_tiles)):
-            if value < 1:
-                raise ValueError(f"{name}={value} of AttentionProbe must be at least 1")
+        self.check_at_least(1, num_sequences=num_sequences, num_tiles=num_tiles)
         self.num_sequences, self.num_tiles = num_sequences, num_tiles
         self._read: dict[str, Tensor] = {}
         self._rows: list[Row] = []
@@ -64,14 +63,14 @@ class AttentionProbe(EveryNSteps):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not sparse_layers(pl_module):
+        if not sparse_layers(pl_module.model):
             log.warning("attention_probe finds nothing to look at: the model has no NSA layer")
         kept = read_rows(run_folder(trainer) / FOLDER / TABLE)
         self._rows = [row for row in kept if int(row["step"]) <= trainer.global_step]
 
     def on_nth_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         self._looked_at = trainer.global_step
-        layers = sparse_layers(pl_module)
+        layers = sparse_layers(pl_module.model)
         if not layers:
             return
         gradients = gradient_norms(pl_module, layers)  # on every rank: they may be sharded
@@ -141,13 +140,6 @@ class AttentionProbe(EveryNSteps):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(FOLDER, [str(path) for path in pictures], trainer.global_step)
-
-
-def sparse_layers(pl_module: LightningModule) -> dict[int, SparseAttention]:
-    """The NSA layers by their place in the model."""
-    model: Any = pl_module.model
-    found = {index: layer.attention for index, layer in enumerate(model.layers)}
-    return {i: layer for i, layer in found.items() if isinstance(layer, SparseAttention)}
 
 
 def gradient_norms(
