@@ -7,7 +7,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
-import torch
 
 SLOWEST = (  # begun first, so that none is left to one worker in the end
     *("test_kernels_compile", "test_resume_matrix", "test_train", "test_parallel"),
@@ -21,6 +20,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "not gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # tests run in the workers
+    # Here, since what is first imported while the checks of types watch an import is compiled anew.
+    import beartype.door  # noqa: F401
+    import torch._dynamo
+
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -41,12 +46,16 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel forgot to write reads as NaN, not as luck."""
+    import torch
+
     from nsa.testing import ALLOCATORS, poisoned  # late: types are checked of what follows the hook
 
     for name in ALLOCATORS:
