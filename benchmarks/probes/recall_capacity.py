@@ -14,7 +14,7 @@ Where blocks overlap (d = l/2) two of them hold a fact: count the numbers of bot
 import numpy as np
 
 VALUES = FACTS = 64  # of the task
-KEPT = 2  # free blocks of recall_scattered
+KEPT = 4  # free blocks of recall_scattered
 SIZES, CROWDS = (16, 32, 64, 128, 256), (4, 8, 16, 32)
 
 
