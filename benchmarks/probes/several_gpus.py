@@ -11,6 +11,7 @@ sharded and recomputed.
 import argparse
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,11 +170,17 @@ def killed(runs: Runs, table: list[str]) -> None:
 
 
 def launched_by(leader: int) -> list[int]:
-    """The other ranks of a run; its first process has loader processes among its children too."""
+    """The other ranks of a run. Its first process has children of its own, which load samples and
+    compile kernels; the latter inherit its LOCAL_RANK=0.
+    """
     listed = ["ps", "-o", "pid=", "--ppid", str(leader)]
     children = subprocess.run(listed, capture_output=True, text=True).stdout.split()
     given = {child: Path("/proc", child, "environ").read_bytes() for child in children}
-    return [int(child) for child, variables in given.items() if b"LOCAL_RANK=" in variables]
+    return [
+        int(child)
+        for child, variables in given.items()
+        if re.search(rb"(?:^|\0)LOCAL_RANK=[1-9]", variables)
+    ]
 
 
 def alive(process: int) -> bool:
