@@ -7,6 +7,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+import datasets  # noqa: F401 (with pandas, two seconds of each run that reads by it)
 import torch
 from hydra.core.plugins import Plugins
 
