@@ -10,7 +10,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 # A pip of 2023 would take half a minute longer to choose wheels, and any pip compiles on one core.
-# What fails to compile is written for a newer Python; of the many models of transformers none is used.
+# What fails to compile is written for a newer Python; of transformers' many models hardly one is used.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python {v[0]}.{v[1]} is too old: 3.11 or newer is needed; name one with make PYTHON=...")'
 	$(PYTHON) -m venv --upgrade-deps .venv
