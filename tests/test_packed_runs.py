@@ -99,6 +99,14 @@ def test_packed_mixtures_go_on_on_any_number_of_processes(folder: Path) -> None:
         assert any(row.get(f"train/{name}/loss") for row in rows)
 
 
+def test_a_step_learns_the_same_however_its_labels_are_divided(folder: Path) -> None:
+    """Packed rows have different numbers of labels, and so have micro-batches."""
+    one_by_one = folder / "one_by_one"
+    command = [*MIXTURE, "batch.micro_batch_size=1", f"run_dir={one_by_one}"]
+    finished(run(folder, command), folder)
+    assert_alike(rows_of(one_by_one), rows_of(folder / "mixture"))
+
+
 def test_the_loss_of_all_is_that_of_the_corpora_together(folder: Path) -> None:
     (last,) = [row for row in rows_of(folder / "mixture") if row["step"] == str(STEPS)]
     parts = [float(last[f"val/{name}/loss"]) for name in ("squares", "cubes", "code")]

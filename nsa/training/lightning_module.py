@@ -19,6 +19,7 @@ from nsa.training.broken_steps import breaking_its_gradient, skip_if_broken
 from nsa.training.counts import restate_progress
 from nsa.training.importance_loss import ImportanceLoss
 from nsa.training.label_sums import resolve_cross_entropy
+from nsa.training.label_weights import divide_by_share, positions_of
 from nsa.training.losses import Losses
 from nsa.training.seeds import micro_batch_seed, seed_generators
 from nsa.training.sparsity import SparsitySchedule
@@ -30,10 +31,12 @@ class NSALightningModule(L.LightningModule):
 
     A batch is `{"tokens": [B, T+1]}`: inputs are all but the last token, labels all but the first.
     A label of −1, which pads the end of a window, is not scored. `{"scored": bool [B, T]}` in the
-    batch says which of the others are; without it, all are. `{"document_starts": int32 [B, T]}`
-    keeps documents of a row apart (`nsa.documents`). `{"corpus": int64 [B]}` numbers the corpus of
-    each row among the datamodule's `corpora`: their losses are logged, too, as `val/<name>/loss`
-    and `train/<name>/loss` (of the steps since the last log).
+    batch says which of the others are; without it, all are. A step learns from the mean over the
+    scored labels of all its micro-batches and ranks (`label_weights`).
+    `{"document_starts": int32 [B, T]}` keeps documents of a row apart (`nsa.documents`).
+    `{"corpus": int64 [B]}` numbers the corpus of each row among the datamodule's `corpora`: their
+    losses are logged, too, as `val/<name>/loss` and `train/<name>/loss` (of the steps since the
+    last log).
 
     Logged: `train/loss`, `val/loss` and `test/loss` in nats per scored label, each with the data's
     `metric` under its name; `train/importance_loss`, unweighed, where it has a weight; `optim/lr`
@@ -91,6 +94,7 @@ class NSALightningModule(L.LightningModule):
         self._learn_at_once: cuda_graphs.Learn | None = None  # the graph, once it is recorded
         self._gradients: cuda_graphs.GradientBuffer | None = None  # what the graph adds to
         self._micro_totals: list[Tensor] = []  # `totals` of micro-batches since the last step
+        self._positions: int | None = None  # of the last micro-batch, see `label_weights`
         self._corpus_totals = torch.zeros(())  # of training's corpora, since they were logged
         self._split_totals: list[Tensor] = []  # `totals` of the batches of an evaluation
         self.evaluated_step: int | None = None  # the step of the last whole validation
@@ -115,10 +119,11 @@ class NSALightningModule(L.LightningModule):
         if self._gradients is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._gradients.zero()
         seed_generators(micro_batch_seed(self.seed, self.global_rank, batch_idx))
+        self._positions = positions_of(batch)
         if learn is not None:
             found = learn(batch)
             self._micro_totals.append(found)
-            return found[0] / found[1]
+            return found[0] / found[1].clamp(min=1)
         loss, found = self.losses.learn(batch, **self._counted)
         self._micro_totals.append(found)
         return breaking_its_gradient(loss)
@@ -179,16 +184,21 @@ class NSALightningModule(L.LightningModule):
         totals, taught = self.losses.split_off(torch.stack(self._micro_totals))
         self._micro_totals = []
         of_all, of_corpora = scores.split_totals(totals, self._datamodule)
-        self.step_losses, *shares = torch.cat([of_all[:, :1], of_all[:, 2:]], 1).T / of_all[:, 1]
+        self.step_losses = of_all[:, 0] / of_all[:, 1].clamp(min=1)
         self._corpus_totals = self._corpus_totals + of_corpora.sum(dim=0)
+        if self._positions is None and not self._logs_this_step:
+            return
+        nats, labels, *correct = self.trainer.strategy.reduce(of_all.sum(dim=0), reduce_op="sum")
+        if self._positions is not None:
+            positions = self._positions * len(of_all) * self.trainer.world_size
+            divide_by_share(self.parameters(), labels, positions)
         if not self._logs_this_step:
             return
-        loss, *share = [self._mean_of_ranks(each) for each in (self.step_losses, *shares)]
-        self.log_dict(
-            scores.label_scores("train", loss, share[0] if share else None, self._datamodule)
-        )
+        share = correct[0] / labels if correct else None
+        self.log_dict(scores.label_scores("train", nats / labels, share, self._datamodule))
         if taught is not None:
-            self.log("train/importance_loss", self._mean_of_ranks(taught))
+            mean = self.trainer.strategy.reduce(taught.mean(), reduce_op="mean")
+            self.log("train/importance_loss", mean)
         self.log("optim/lr", optimizer.param_groups[0]["lr"])
         self._log_corpora_of_training()
 
@@ -197,9 +207,6 @@ class NSALightningModule(L.LightningModule):
             of_ranks = self.trainer.strategy.reduce(self._corpus_totals, reduce_op="sum")
             self.log_dict(scores.corpus_scores("train", of_ranks, self._datamodule))
         self._corpus_totals = torch.zeros_like(self._corpus_totals)
-
-    def _mean_of_ranks(self, of_micro_batches: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(of_micro_batches.mean(), reduce_op="mean")
 
     def configure_gradient_clipping(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 from nsa.training import scores
 from nsa.training.importance_loss import ImportanceLoss
 from nsa.training.label_sums import label_sums
+from nsa.training.label_weights import weighed
 from nsa.transformer import Transformer
 
 LossAndTotals = tuple[Float[Tensor, ""], Float[Tensor, " S"]]
@@ -39,7 +40,7 @@ class Losses:
         num_corpora: int = 0,
         **told: Any,
     ) -> LossAndTotals:
-        """The mean over the scored labels, and `scores.totals`; the model is `told` more."""
+        """The mean over the scored labels, or 0, and `scores.totals`; the model is `told` more."""
         sums = label_sums(
             partial(self.model, **told),
             batch["tokens"],
@@ -48,19 +49,22 @@ class Losses:
             counts_correct=counts_correct,
             cross_entropy=self.cross_entropy,
         )
-        return sums.nats / sums.labels, scores.totals(sums, batch.get("corpus"), num_corpora)
+        return sums.nats / sums.labels.clamp(min=1), scores.totals(
+            sums, batch.get("corpus"), num_corpora
+        )
 
     def learn(self, batch: dict[str, Tensor], **counted: Any) -> LossAndTotals:
-        """The loss to learn from. Where there is an importance loss, it is the last of the totals,
-        unweighed.
+        """The loss to learn from (`label_weights`). Where there is an importance loss, it is the
+        last of the totals, unweighed.
         """
         if not self.importance_loss.weight:
-            return self.evaluate(batch, **counted)
+            loss, found = self.evaluate(batch, **counted)
+            return weighed(loss, found[1], batch), found
         inputs: list[Tensor] = []
         loss, found = self.evaluate(batch, layer_inputs=inputs, **counted)
         taught = self.importance_loss(inputs, batch.get("document_starts"))
-        found = torch.cat([found, taught.detach()[None]])
-        return loss + self.importance_loss.weight * taught, found
+        loss = weighed(loss + self.importance_loss.weight * taught, found[1], batch)
+        return loss, torch.cat([found, taught.detach()[None]])
 
     def split_off(self, totals: Float[Tensor, "A S"]) -> tuple[Tensor, Float[Tensor, " A"] | None]:
         """From rows of `learn`'s totals: those of labels, and the importance losses."""
