@@ -8,6 +8,7 @@ from benchmarks.workloads import Layout, Workload
 from nsa import blocks, kernels, reference
 from nsa.config import NSAConfig
 from nsa.kernels import descriptors
+from nsa.kernels.columns import key_slices
 from nsa.kernels.tile_order import op as tile_order
 
 CFG = NSAConfig(
@@ -55,6 +56,7 @@ def results(B: int, T: int, H: int, G: int, D: int, Dv: int) -> list[torch.Tenso
         (2, (18, 16, 1, 16, 32)),
         (2, (33, 2, 1, 32, 16)),
         (1, (33, 2, 1, 32, 16)),
+        (2, (33, 2, 1, 192, 128)),
     ],
 )
 def test_the_same_as_by_address(batch, shape, monkeypatch, request):
@@ -70,6 +72,15 @@ def test_the_same_as_by_address(batch, shape, monkeypatch, request):
         torch.testing.assert_close(a, b)
 
 
+def test_keys_come_in_slices():
+    """One, but where two hold fewer columns."""
+    widths = {D: key_slices(D) for D in (8, 64, 80, 128, 129, 192, 193, 256)}
+    assert widths == {
+        8: [16], 64: [64], 80: [128], 128: [128], 129: [128, 64], 192: [128, 64],
+        193: [256], 256: [256],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("rows", "heads", "width", "dtype", "may"),
     [
@@ -78,6 +89,8 @@ def test_the_same_as_by_address(batch, shape, monkeypatch, request):
         (64, 64, 64, torch.bfloat16, True),
         (64, 3, 64, torch.bfloat16, False),  # a tile would end within a token
         (64, 128, 64, torch.bfloat16, False),
+        (64, 16, 192, torch.bfloat16, True),  # two slices
+        (64, 1, 160, torch.bfloat16, False),  # the second one padded to 64
         (64, 1, 96, torch.bfloat16, False),  # padded to 128
         (64, 1, 8, torch.bfloat16, False),
         (64, 1, 64, torch.float32, False),
@@ -86,10 +99,10 @@ def test_the_same_as_by_address(batch, shape, monkeypatch, request):
 def test_what_suits(rows, heads, width, dtype, may, monkeypatch):
     monkeypatch.setattr(descriptors, "capability", lambda device: 90)
     x = torch.zeros(1, 4, 2, width, dtype=dtype)
-    assert descriptors.suits(x, rows, heads) == may
-    assert descriptors.as_tiles(rows, heads, x, x)[0] == may
+    assert descriptors.suits(x, rows, heads, key_slices(width)) == may
+    assert descriptors.as_tiles(rows, heads, x, x[..., :128])[0] == may
     monkeypatch.setattr(descriptors, "capability", lambda device: 86)
-    assert not descriptors.suits(x, rows, heads), "an older GPU has none"
+    assert not descriptors.suits(x, rows, heads, key_slices(width)), "an older GPU has none"
 
 
 def test_little_work_is_by_address(described, monkeypatch):
@@ -125,7 +138,7 @@ def test_odd_addresses_are_no_descriptors(monkeypatch):
     monkeypatch.setattr(descriptors, "capability", lambda device: 90)
     flat = torch.zeros(65, dtype=torch.bfloat16)
     aligned, odd = flat[:64].view(1, 4, 1, 16), flat[1:].view(1, 4, 1, 16)
-    assert descriptors.suits(aligned, 16, 1) and not descriptors.suits(odd, 16, 1)
-    assert descriptors.as_tiles(16, 1, aligned, odd) == (False, aligned, odd)
+    assert descriptors.suits(aligned, 16, 1, [16]) and not descriptors.suits(odd, 16, 1, [16])
+    assert descriptors.as_tiles(16, 1, aligned, odd) == (False, aligned, None, odd)
     lone = torch.zeros(64, 2, 16, 1, dtype=torch.bfloat16).permute(3, 0, 1, 2)
-    assert lone.is_contiguous() and not descriptors.suits(lone, 16, 1), "a stride of one entry"
+    assert lone.is_contiguous() and not descriptors.suits(lone, 16, 1, [1]), "a stride of one entry"

@@ -40,6 +40,7 @@ CASES = {  # B, T, H, G, D, Dv, index heads, config
     "each head its own": (1, 70, 4, 2, 16, 16, 4, config(16, 3)),
     "more slots than blocks": (1, 40, 2, 1, 16, 16, 1, config(16, 7)),
     "nothing to select": (1, 20, 2, 1, 16, 16, 1, config(16, 0)),
+    "37 tokens, D 192, Dv 128": (1, 37, 2, 1, 192, 128, 1, config(16, 2)),
 }
 
 

@@ -21,14 +21,13 @@ from nsa.blocks import Starts
 from nsa.config import NSAConfig
 from nsa.kernels.autotune import with_tile
 from nsa.kernels.best_blocks import EMPTY, LAST, keep_best, one_set, ranking
+from nsa.kernels.columns import inner_products, key_slice, load_columns
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import (
     LOG2E,
     cdiv,
     load_lse2,
-    load_rows,
     operands,
-    padded,
     power_of_2,
     precision,
     whole,
@@ -41,7 +40,7 @@ from nsa.kernels.tile_sizes import Problem, Tile
 @jit
 def score_tile(
     q_ptr, k_ptr, lse_ptr, rows, live, t, start, b, g, s0, T, C, scale,
-    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, LANES: tl.constexpr,
     CAUSAL: tl.constexpr, LOGITS: tl.constexpr, DOCUMENTS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -51,13 +50,13 @@ def score_tile(
     lane = tl.arange(0, BLOCKS * LANES) // BLOCKS
     offs_c = (s0 + tl.arange(0, BLOCKS * LANES) % BLOCKS) * RATIO + lane
     exists = (lane < RATIO) & (offs_c < C)
-    k = load_rows(k_ptr, (b * C + offs_c) * G + g, exists, D, PADDED_D)  # [LANES*BLOCKS, PADDED_D]
+    k = load_columns(k_ptr, (b * C + offs_c) * G + g, exists, D, WIDTH)  # of [LANES*BLOCKS, D]
     score = tl.zeros([TOKENS, BLOCKS * LANES], tl.float32)
     for i in range(R):
         # There and back: a tile begins with the queries that L2 saw last.
         r = tl.where(s0 // BLOCKS % 2 == 0, i, R - 1 - i)
-        q = load_rows(q_ptr, rows + r, live, D, PADDED_D)  # [TOKENS, PADDED_D]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        q = load_columns(q_ptr, rows + r, live, D, WIDTH)  # slices of [TOKENS, D]
+        s = inner_products(q, k, PRECISION)
         if LOGITS:
             score += s * (scale / R)
         else:
@@ -125,7 +124,7 @@ def select_kernel(
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, LENGTH: tl.constexpr,
     INITIAL: tl.constexpr, LOCAL: tl.constexpr, CAUSAL: tl.constexpr, LOGITS: tl.constexpr,
-    PADDED_D: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
     SETS: tl.constexpr, LOG_ROWS: tl.constexpr, LOG_KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens of one index head: score a tile of blocks over all its heads, keep the best."""
@@ -158,7 +157,7 @@ def select_kernel(
     for s0 in range(first_seen, last, BLOCKS):
         x, seen = score_tile(
             q_ptr, k_ptr, lse_ptr, rows, live, t, start, b, g, s0, T, C, scale,
-            H, G, J, D, PADDED_D, SIZE, STRIDE, RATIO, LANES, CAUSAL, LOGITS, DOCUMENTS,
+            H, G, J, D, WIDTH, SIZE, STRIDE, RATIO, LANES, CAUSAL, LOGITS, DOCUMENTS,
             TOKENS, BLOCKS, PRECISION,
         )  # fmt: skip
         score, carry = spread(x, carry, SIZE, STRIDE, RATIO, TOKENS, BLOCKS, LANES, SETS)
@@ -218,7 +217,7 @@ def select_blocks_op(
             q, k_cmp, lse, starts, indices, T, k_cmp.shape[1], cdiv(T, length), D**-0.5,
             H=H, G=k_cmp.shape[2], J=J, D=D, N=n, SIZE=size, STRIDE=stride,
             LENGTH=length, INITIAL=initial, LOCAL=local, CAUSAL=causal, LOGITS=logits,
-            PADDED_D=padded(D), TOKENS=tokens, BLOCKS=blocks, LANES=lanes, SETS=sets,
+            WIDTH=key_slice(D), TOKENS=tokens, BLOCKS=blocks, LANES=lanes, SETS=sets,
             LOG_ROWS=(blocks // sets).bit_length() - 1, LOG_KEPT=kept.bit_length() - 1,
             PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from nsa.kernels.columns import key_slices
 from nsa.kernels.primitives import padded
 
 ANY = 2**31
@@ -43,15 +44,19 @@ class Problem(NamedTuple):
         return padded(self.DV)
 
     @property
+    def key_width(self) -> int:
+        return sum(key_slices(self.D))
+
+    @property
     def width(self) -> int:
-        return max(padded(self.D), padded(self.DV))
+        return max(self.key_width, self.value_width)
 
 
 class Row(NamedTuple):
     """A tile, and up to where it is the one to take."""
 
     tile: Tile
-    width: int = 256  # padded head dimension, of keys or values
+    width: int = 256  # head dimension as tiles hold it, of keys or values
     value_width: int = 256  # of values alone
     R: int = ANY
     T: int = ANY
@@ -73,9 +78,9 @@ class Row(NamedTuple):
 
 # The first row that holds. 16-bit inputs; the fastest on an H100 at 8k and 64k tokens, paper sizes,
 # as `python -m benchmarks.probes.tune` measured them (docs/kernel_log.md). Those of wide keys with
-# values of at most 128 are not timed yet: of what compiles for sm_90 without spills in a loop, the
-# tiles whose matrix products wait for one another the least, so that keys of 192 and values of 128
-# have 64 rows a warp group.
+# values of at most 128 are not timed yet: of what compiles for sm_90 without spills in a loop,
+# the tiles whose matrix products wait for one another the least, then the most rows and keys a warp
+# group, then two programs a multiprocessor.
 TILES = {
     "attend_fwd": (
         Row(Tile(64, 128, 4, 3), width=64, mask="bits"),
@@ -86,6 +91,7 @@ TILES = {
         Row(Tile(64, 64, 4, 3), width=128, R=1),
         Row(Tile(128, 64, 8, 3), width=128),
         Row(Tile(64, 64, 4, 2), value_width=128, mask="band"),
+        Row(Tile(128, 64, 8, 3), width=192, value_width=128),
         Row(Tile(128, 64, 8, 2), value_width=128),
         Row(Tile(64, 64, 8, 2)),
     ),
@@ -96,6 +102,7 @@ TILES = {
         Row(Tile(64, 32, 4, 3), width=128, T=8192, mask="prefix"),
         Row(Tile(128, 64, 8, 3), width=128),
         Row(Tile(64, 32, 4, 2), value_width=128, mask="band"),
+        Row(Tile(128, 64, 8, 3), width=192, value_width=128),
         Row(Tile(128, 32, 8, 3), value_width=128),
         Row(Tile(64, 32, 8, 2)),
     ),
@@ -105,6 +112,8 @@ TILES = {
         Row(Tile(64, 64, 4, 2), width=128, mask="bits"),
         Row(Tile(32, 64, 4, 3), width=128, R=1, T=8192),
         Row(Tile(64, 64, 4, 2), width=128),
+        Row(Tile(64, 64, 8, 1), width=192, value_width=128, mask="band"),
+        Row(Tile(32, 64, 4, 1), width=192, value_width=128),
         Row(Tile(64, 64, 8, 1), value_width=128),
         Row(Tile(32, 64, 8, 2)),
     ),
@@ -177,7 +186,7 @@ CANDIDATES = {
         *tiles((128,), (32, 64), (8, 2), (8, 3)),
     ],
     "attend_dkv": [
-        *tiles((32, 64), (64,), (4, 2), (4, 3), (8, 1)),
+        *tiles((32, 64), (64,), (4, 1), (4, 2), (4, 3), (8, 1), (8, 2)),
         *tiles((32, 64), (128,), (8, 1), (8, 2)),
         *tiles((128,), (64,), (8, 1)),
     ],
@@ -222,7 +231,7 @@ def fits(problem: Problem, tile: Tile) -> bool:
 
 def operand_bytes(problem: Problem, tile: Tile) -> int:
     """Shared memory of a kernel's operands: what stays, and what streams through the stages."""
-    D, DV, rows = padded(problem.D), padded(problem.DV), tile.rows
+    D, DV, rows = problem.key_width, problem.value_width, tile.rows
     keys = padded(problem.block) if problem.block else tile.keys
     stays, streams = {
         "attend_fwd": (rows * D, keys * (D + DV)),

@@ -7,7 +7,8 @@ of its items.
 
 import triton.language as tl
 
-from nsa.kernels.block_order.columns import (
+from nsa.kernels.block_order.inverted_lists import find_item, load_slots
+from nsa.kernels.columns import (
     add_columns,
     add_product,
     inner_products,
@@ -16,7 +17,6 @@ from nsa.kernels.block_order.columns import (
     store_columns,
     zero_columns,
 )
-from nsa.kernels.block_order.inverted_lists import find_item, load_slots
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import LOG2E, div_mod, load_lse2, load_rows, row_delta, store_rows
 

@@ -12,6 +12,7 @@ share them, so the merging kernel attends to them itself and they need no partia
 import triton.language as tl
 
 from nsa.kernels.block_order.inverted_lists import find_item, load_slots
+from nsa.kernels.columns import inner_products, load_columns
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import LN2, LOG2E, div_mod, finite, load_rows, softmax_step, store_rows
 from nsa.kernels.tile_order.visible import document_start
@@ -63,7 +64,7 @@ def block_fwd_kernel(
     T, num_blocks, num_lists, chunk, head0, t0, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
-    PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     ITEM: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, BLOCK_NEAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +89,7 @@ def block_fwd_kernel(
     offs_s = block * LENGTH + tl.arange(0, KEYS)
     end = tl.minimum((block + 1) * LENGTH, T)
     key_rows = (b * T + offs_s) * G + j // (J // G)
-    k = load_rows(k_ptr, key_rows, offs_s < end, D, PADDED_D)  # [KEYS, PADDED_D]
+    k = load_columns(k_ptr, key_rows, offs_s < end, D, WIDTH)  # slices of [KEYS, D]
     v = load_rows(v_ptr, key_rows, offs_s < end, DV, PADDED_DV)  # [KEYS, PADDED_DV]
     row0 = b * T * H + j * R
     slot0 = (head0 * T + t0) * N  # the chunk's first
@@ -99,8 +100,8 @@ def block_fwd_kernel(
         r = div_mod(offs_i, R)[1]
         t = div_mod(slot, N)[0] - token0
         rows = row0 + t * H + r  # t * H: no memory holds 2**31 rows of one sequence
-        q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
+        q = load_columns(q_ptr, rows, live, D, WIDTH)  # slices of [ROWS, D]
+        s = inner_products(q, k, PRECISION)  # [ROWS, KEYS]
         seen = tl.broadcast_to((offs_s < end)[None, :], [ROWS, KEYS])
         if CAUSAL:
             seen = seen & (offs_s[None, :] <= t[:, None])
@@ -122,7 +123,7 @@ def attend_dense(
     T, scale,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr, PADDED_N: tl.constexpr, PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr,
+    LOCAL: tl.constexpr, PADDED_N: tl.constexpr, WIDTH: tl.constexpr, PADDED_DV: tl.constexpr,
     KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of tokens t_lo ... t_hi over the dense blocks they keep: m, norm and acc so far.
@@ -135,7 +136,7 @@ def attend_dense(
     acc = tl.zeros([rows.shape[0], PADDED_DV], tl.float32)
     n = tl.arange(0, PADDED_N)[None, :]
     kept = tl.load(indices_ptr + slots[:, None] + n, mask=live[:, None] & (n < N), other=-1)
-    q = load_rows(q_ptr, rows, live, D, PADDED_D)
+    q = load_columns(q_ptr, rows, live, D, WIDTH)
     first_local = tl.maximum(t_lo // LENGTH - LOCAL + 1, first_lo + INITIAL)
     num_local = tl.maximum(t_hi // LENGTH + 1 - first_local, 0)
     for i in range(INITIAL + num_local):
@@ -143,9 +144,9 @@ def attend_dense(
         offs_s = block * LENGTH + tl.arange(0, KEYS)
         end = tl.minimum((block + 1) * LENGTH, T)
         key_rows = (b * T + offs_s) * G + g
-        k = load_rows(k_ptr, key_rows, offs_s < end, D, PADDED_D)  # [KEYS, PADDED_D]
+        k = load_columns(k_ptr, key_rows, offs_s < end, D, WIDTH)  # slices of [KEYS, D]
         v = load_rows(v_ptr, key_rows, offs_s < end, DV, PADDED_DV)  # [KEYS, PADDED_DV]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = inner_products(q, k, PRECISION)
         keeps = tl.max((kept == block).to(tl.int32), 1) > 0
         keeps = keeps & is_dense(block, t // LENGTH, first, INITIAL, LOCAL)
         seen = keeps[:, None] & (offs_s[None, :] < tl.minimum(t + 1, end)[:, None])
@@ -160,7 +161,7 @@ def merge_kernel(
     partial_ptr, partial_lse_ptr, indices_ptr, out_ptr, lse_ptr, T, head0, t0, tokens, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, LENGTH: tl.constexpr, INITIAL: tl.constexpr,
-    LOCAL: tl.constexpr, PADDED_N: tl.constexpr, PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr,
+    LOCAL: tl.constexpr, PADDED_N: tl.constexpr, WIDTH: tl.constexpr, PADDED_DV: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS packed rows of one index head: dense blocks, and the partial outputs of other slots."""
@@ -184,7 +185,7 @@ def merge_kernel(
         m, norm, acc = attend_dense(
             q_ptr, k_ptr, v_ptr, indices_ptr, rows, slots, live, t, first, t_lo, first_lo, t_hi,
             b, j // (J // G), T, scale,
-            H, G, N, D, DV, LENGTH, INITIAL, LOCAL, PADDED_N, PADDED_D, PADDED_DV, KEYS, PRECISION,
+            H, G, N, D, DV, LENGTH, INITIAL, LOCAL, PADDED_N, WIDTH, PADDED_DV, KEYS, PRECISION,
         )  # fmt: skip
     else:
         m = tl.full([ROWS], float("-inf"), tl.float32)

@@ -23,6 +23,7 @@ from nsa.kernels.block_order.inverted_lists import (
     plan_work,
     sort_slots,
 )
+from nsa.kernels.columns import key_slice
 from nsa.kernels.partial_sums import summed
 from nsa.kernels.primitives import cdiv, padded, power_of_2, precision
 from nsa.kernels.registration import custom_op, register_autograd, register_fake
@@ -91,7 +92,7 @@ def launch_forward(
             work.slots, work.starts, work.ends, work.item_lists, partials, partial_lse,
             T, cdiv(T, length), plan.lists, chunk.number, chunk.first_head, chunk.first_token,
             D**-0.5, **constants_of(q, v, block_indices, work), **dense,
-            PADDED_D=padded(D), PADDED_DV=padded(DV),
+            WIDTH=key_slice(D), PADDED_DV=padded(DV),
             BLOCK_NEAR=power_of_2(dense["LOCAL"] * length),
             ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -99,7 +100,7 @@ def launch_forward(
             q, k, v, document_starts, partials, partial_lse, block_indices, out, lse,
             T, chunk.first_head, chunk.first_token, chunk.tokens, D**-0.5,
             H=H, G=v.shape[2], J=J, N=N, D=D, DV=DV, LENGTH=length, **dense,
-            PADDED_N=power_of_2(N), PADDED_D=padded(D), PADDED_DV=padded(DV), ROWS=merge.rows,
+            PADDED_N=power_of_2(N), WIDTH=key_slice(D), PADDED_DV=padded(DV), ROWS=merge.rows,
             KEYS=padded(length), PRECISION=precision(),
             num_warps=merge.warps, num_stages=merge.stages,
             maxnreg=MERGE_REGISTERS if q.itemsize == 2 else None,

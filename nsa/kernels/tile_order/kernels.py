@@ -16,7 +16,16 @@ The arrays that a loop streams come as `*_tiles`: descriptors if DESCRIBED, else
 
 import triton.language as tl
 
-from nsa.kernels.descriptors import load_tile
+from nsa.kernels.columns import (
+    add_columns,
+    add_product,
+    inner_products,
+    load_columns,
+    scale_columns,
+    store_columns,
+    zero_columns,
+)
+from nsa.kernels.descriptors import load_tile, load_tile_columns
 from nsa.kernels.jit import jit
 from nsa.kernels.primitives import (
     LN2,
@@ -43,12 +52,12 @@ from nsa.kernels.tile_order.visible import (
 
 @jit(do_not_specialize=["num_words"])
 def attend_fwd_kernel(
-    q_ptr, k_tiles, v_tiles, words_ptr, starts_ptr, out_ptr, lse_ptr,
+    q_ptr, k_tiles, k_rest, v_tiles, words_ptr, starts_ptr, out_ptr, lse_ptr,
     T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
-    PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS packed query rows of one index head pass over the key tiles they see."""
@@ -63,7 +72,7 @@ def attend_fwd_kernel(
     live = offs_i < T * R
     t, r = div_mod(offs_i, R)
     rows = (b * T + t) * H + j * R + r
-    q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
+    q = load_columns(q_ptr, rows, live, D, WIDTH)  # slices of [ROWS, D]
     t_lo = tile * ROWS // R
     t_hi = tl.minimum((tile * ROWS + ROWS - 1) // R, T - 1)
     starts = document_start(starts_ptr, b, t, T)
@@ -83,9 +92,11 @@ def attend_fwd_kernel(
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
         live_s = offs_s < num_keys
-        k = load_tile(k_tiles, key_rows, live_s, b, s0, num_keys, g, D, PADDED_D, DESCRIBED)
-        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, DV, PADDED_DV, DESCRIBED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [ROWS, KEYS]
+        k = load_tile_columns(
+            k_tiles, k_rest, key_rows, live_s, b, s0, num_keys, g, D, WIDTH, DESCRIBED
+        )
+        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, 0, DV, PADDED_DV, DESCRIBED)
+        s = inner_products(q, k, PRECISION)  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
             seen = sees(offs_s[None, :], first[:, None], end[:, None], MEMORY)
             s = tl.where(seen, s, float("-inf"))
@@ -100,13 +111,13 @@ def attend_fwd_kernel(
 
 @jit(do_not_specialize=["num_words"])
 def attend_dq_kernel(
-    q_ptr, k_tiles, v_tiles, words_ptr, starts_ptr,
+    q_ptr, k_tiles, k_rest, v_tiles, words_ptr, starts_ptr,
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
     T, num_keys, num_words, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
-    PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     ADD: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The query gradient of ROWS packed rows: the forward's pass again, with dS for P.
@@ -125,7 +136,7 @@ def attend_dq_kernel(
     live = offs_i < T * R
     t, r = div_mod(offs_i, R)
     rows = (b * T + t) * H + j * R + r
-    q = load_rows(q_ptr, rows, live, D, PADDED_D)  # [ROWS, PADDED_D]
+    q = load_columns(q_ptr, rows, live, D, WIDTH)  # slices of [ROWS, D]
     dout = load_rows(dout_ptr, rows, live, DV, PADDED_DV)  # [ROWS, PADDED_DV]
     lse2 = load_lse2(lse_ptr, rows, live)
     if out_ptr is None:
@@ -144,15 +155,17 @@ def attend_dq_kernel(
     DOCUMENTS: tl.constexpr = starts_ptr is not None
     s_lo, s_hi, distance = key_range(s_lo, s_hi, MASK, MEMORY, KEYS, DOCUMENTS)
 
-    dq = tl.zeros([ROWS, PADDED_D], tl.float32)
+    dq = zero_columns(ROWS, D, WIDTH)
     for s0 in range(s_lo, s_hi, KEYS):
         s0 = leap(s0, distance, MEMORY, KEYS, DOCUMENTS)
         offs_s = s0 + tl.arange(0, KEYS)
         key_rows = (b * num_keys + offs_s) * G + g
         live_s = offs_s < num_keys
-        k = load_tile(k_tiles, key_rows, live_s, b, s0, num_keys, g, D, PADDED_D, DESCRIBED)
-        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, DV, PADDED_DV, DESCRIBED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        k = load_tile_columns(
+            k_tiles, k_rest, key_rows, live_s, b, s0, num_keys, g, D, WIDTH, DESCRIBED
+        )
+        v = load_tile(v_tiles, key_rows, live_s, b, s0, num_keys, g, 0, DV, PADDED_DV, DESCRIBED)
+        s = inner_products(q, k, PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[:, None])  # [ROWS, KEYS]
         if (s0 < full_lo) | (s0 + KEYS > full_hi):
             seen = sees(offs_s[None, :], first[:, None], end[:, None], MEMORY)
@@ -161,12 +174,12 @@ def attend_dq_kernel(
             word = tl.load(word_row(words_ptr, bj, num_words, T, s0, SPAN) + t, mask=live, other=0)
             p = tl.where(has_bit(word[:, None], offs_s[None, :], SPAN), p, 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    dq *= scale
+        ds = (p * (dp - delta[:, None])).to(k[0].dtype)
+        dq = add_product(dq, ds, k, PRECISION)
+    dq = scale_columns(dq, scale)
     if ADD:
-        dq += load_rows(dq_ptr, rows, live, D, PADDED_D).to(tl.float32)
-    store_rows(dq_ptr, rows, live, dq, D, PADDED_D)
+        dq = add_columns(dq, load_columns(dq_ptr, rows, live, D, WIDTH))
+    store_columns(dq_ptr, rows, live, dq, D, WIDTH)
 
 
 @jit
@@ -183,12 +196,13 @@ def shared_start(i_lo, i_hi, ROWS: tl.constexpr):
 
 @jit(do_not_specialize=["num_words", "batch", "splits"])
 def attend_dkv_kernel(
-    q_tiles, k_ptr, v_ptr, words_ptr, ends_ptr, dout_tiles, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_tiles, q_rest, k_ptr, v_ptr, words_ptr, ends_ptr, dout_tiles,
+    lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     T, num_keys, num_words, batch, splits, scale,
     H: tl.constexpr, G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SPAN: tl.constexpr, STRIDE: tl.constexpr, MEMORY: tl.constexpr,
-    PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of KEYS keys from one of `splits` runs of tokens.
@@ -209,7 +223,7 @@ def attend_dkv_kernel(
     offs_s = s0 + tl.arange(0, KEYS)
     live_s = offs_s < num_keys
     key_rows = (b * num_keys + offs_s) * G + g
-    k = load_rows(k_ptr, key_rows, live_s, D, PADDED_D)  # [KEYS, PADDED_D]
+    k = load_columns(k_ptr, key_rows, live_s, D, WIDTH)  # slices of [KEYS, D]
     v = load_rows(v_ptr, key_rows, live_s, DV, PADDED_DV)  # [KEYS, PADDED_DV]
     s_hi = tl.minimum(s0 + KEYS, num_keys) - 1
     t_lo, t_hi = seeing_tokens(s0, s_hi, T, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
@@ -223,7 +237,7 @@ def attend_dkv_kernel(
     i_lo = tl.maximum(t_lo, split * run) * R // ROWS * ROWS
     i_hi = tl.minimum(t_hi, (split + 1) * run) * R
 
-    dk = tl.zeros([KEYS, PADDED_D], tl.float32)
+    dk = zero_columns(KEYS, D, WIDTH)
     dv = tl.zeros([KEYS, PADDED_DV], tl.float32)
     behind, round_ = shared_start(i_lo, i_hi, ROWS)
     for i0 in range(i_lo, i_hi, ROWS):
@@ -235,11 +249,11 @@ def attend_dkv_kernel(
         t, r = div_mod(offs_i, R)
         rows = (b * T + t) * H + j * R + r
         t0 = i0 // R
-        q = load_tile(q_tiles, rows, live, b, t0, T, j * R, D, PADDED_D, DESCRIBED)
-        dout = load_tile(dout_tiles, rows, live, b, t0, T, j * R, DV, PADDED_DV, DESCRIBED)
+        q = load_tile_columns(q_tiles, q_rest, rows, live, b, t0, T, j * R, D, WIDTH, DESCRIBED)
+        dout = load_tile(dout_tiles, rows, live, b, t0, T, j * R, 0, DV, PADDED_DV, DESCRIBED)
         lse2 = load_lse2(lse_ptr, rows, live)
         delta = tl.load(delta_ptr + rows, mask=live, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        s = inner_products(k, q, PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse2[None, :])  # [KEYS, ROWS]
         last_t = (i0 + ROWS - 1) // R
         _, full_hi = seen_keys(t0, t0 * 0, num_keys, MASK, CAUSAL, SPAN, STRIDE, MEMORY)
@@ -258,8 +272,8 @@ def attend_dkv_kernel(
             p = tl.where(has_bit(word[None, :], offs_s[:, None], SPAN), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        ds = (p * (dp - delta[None, :])).to(q[0].dtype)
+        dk = add_product(dk, ds, q, PRECISION)
     partial_rows = ((split.to(tl.int64) * batch + b) * num_keys + offs_s) * J + j
-    store_rows(dk_ptr, partial_rows, live_s, dk * scale, D, PADDED_D)
+    store_columns(dk_ptr, partial_rows, live_s, scale_columns(dk, scale), D, WIDTH)
     store_rows(dv_ptr, partial_rows, live_s, dv, DV, PADDED_DV)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nsa.documents import Extents, extents_of
 from nsa.kernels.autotune import with_tile
-from nsa.kernels.descriptors import as_tiles
+from nsa.kernels.columns import key_slice
+from nsa.kernels.descriptors import as_tiles, by_address
 from nsa.kernels.partial_sums import summed
 from nsa.kernels.primitives import (
     cdiv,
@@ -39,7 +40,7 @@ class Mask(NamedTuple):
 @lru_cache
 def sizes(H: int, G: int, J: int, D: int, DV: int) -> dict[str, int]:
     """The compile-time sizes of every kernel here."""
-    return dict(H=H, G=G, J=J, D=D, DV=DV, PADDED_D=padded(D), PADDED_DV=padded(DV))
+    return dict(H=H, G=G, J=J, D=D, DV=DV, WIDTH=key_slice(D), PADDED_DV=padded(DV))
 
 
 def constants_of(q: Tensor, v: Tensor, index_heads: int, mask: Mask) -> dict[str, Any]:
@@ -81,9 +82,9 @@ def attend_tiles(
         out = torch.empty(B, T, H, DV, dtype=q.dtype, device=q.device)
         lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
         keys = key_tile(tile.keys, mask, span)
-        described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
+        described, k_tiles, k_rest, v_tiles = streamed(q, keys, 1, k, v)
         attend_fwd_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
-            q, k_tiles, v_tiles, words, starts, out, lse, T, S, num_words(words), D**-0.5,
+            q, k_tiles, k_rest, v_tiles, words, starts, out, lse, T, S, num_words(words), D**-0.5,
             **constants, ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -161,10 +162,10 @@ def query_gradient(
         dq = torch.empty_like(q) if onto is None else onto
         row_delta = torch.empty_like(lse) if delta is None else delta
         keys = key_tile(tile.keys, mask.kind, mask.span)
-        described, k_tiles, v_tiles = streamed(q, keys, 1, k, v)
+        described, k_tiles, k_rest, v_tiles = streamed(q, keys, 1, k, v)
         attend_dq_kernel[(cdiv(T * H // J, tile.rows) * B * J,)](
-            q, k_tiles, v_tiles, words, documents.starts, out, dout, lse, dlse, row_delta, dq,
-            T, S, num_words(words), D**-0.5, **constants,
+            q, k_tiles, k_rest, v_tiles, words, documents.starts,
+            out, dout, lse, dlse, row_delta, dq, T, S, num_words(words), D**-0.5, **constants,
             ROWS=tile.rows, KEYS=keys, ADD=onto is not None, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -195,9 +196,9 @@ def key_gradients(
         programs = cdiv(S, keys) * B * J
         splits = num_splits(programs, T * H // J, mask.kind, q.device)
         dk, dv = (partial_like(x, splits, J) for x in (k, v))
-        described, q_tiles, dout_tiles = streamed(q, tile.rows, H // J, q, dout)
+        described, q_tiles, q_rest, dout_tiles = streamed(q, tile.rows, H // J, q, dout)
         attend_dkv_kernel[(programs * splits,)](
-            q_tiles, k, v, words, documents.ends, dout_tiles, lse, delta, dk, dv,
+            q_tiles, q_rest, k, v, words, documents.ends, dout_tiles, lse, delta, dk, dv,
             T, S, num_words(words), B, splits, D**-0.5, **constants,
             ROWS=tile.rows, KEYS=keys, DESCRIBED=described,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -212,10 +213,10 @@ def problem(kernel: str, q: Tensor, v: Tensor, index_heads: int, mask: str) -> P
     return Problem(kernel, q.dtype, D, v.shape[3], H // index_heads, T, q.device, mask)
 
 
-def streamed(q: Tensor, rows: int, heads: int, x: Tensor, y: Tensor) -> tuple[bool, Any, Any]:
+def streamed(q: Tensor, rows: int, heads: int, x: Tensor, y: Tensor) -> tuple[bool, Any, Any, Any]:
     """`as_tiles`, if the work is long enough to hide what a descriptor costs the host: 25 µs."""
     if q.shape[:3].numel() < DESCRIBED_ROWS:
-        return False, x, y
+        return by_address(x, y)
     return as_tiles(rows, heads, x, y)
 
 
